@@ -1,0 +1,1 @@
+"""The engine of stampline: everything that is not an agent, a table or a projection."""

@@ -1,0 +1,1 @@
+"""The `stampline` command line."""

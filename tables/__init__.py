@@ -1,0 +1,1 @@
+"""Pure reducers, and the changelog-backed tables they are bound to."""
