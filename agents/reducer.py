@@ -1,0 +1,187 @@
+"""The reducer: `file-stamps` in, the changelog of table `files` out; the only hop that holds state.
+
+Each batch is one Kafka transaction. In order:
+
+1. fold the stamps over the table            a crash here: nothing has happened
+2. in one transaction: changelog, events to send in again, dead letters, input offsets
+                                             a crash here: the broker aborts it, the next owner starts before the batch
+3. apply the changes to the store            a crash here: the next owner restores them from the changelog
+
+Taking over a partition goes: fence the owner before (start the transactional producer), restore the store up to the
+end of the changelog, and only then read the committed offsets.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Final
+
+from aiokafka import TopicPartition
+from faust.types import TP
+
+from agents.standalone import run_role
+from pipeline.app import RoleApp
+from pipeline.errors import PositionLost
+from pipeline.events import ATTEMPT_HEADER, PROGRESS_KEY, Stamp, decode_stamp, encode_record
+from pipeline.lanes import Batch
+from pipeline.logs import get_logger
+from pipeline.records import Record, dead_letter_of_event
+from pipeline.settings import Settings
+from pipeline.topics import DEAD_LETTERS, FILE_EVENTS, FILE_STAMPS, FILES_CHANGELOG, RETRY, topic_name
+from pipeline.transactions import Writer
+from pipeline.transport import BatchConsumer, LogRange
+from tables.changelog import restore
+from tables.files import Rules, backoff_ms, fold
+from tables.store import BatchStore, BatchTable, PartitionStore
+
+APP_ID: Final = "stampline-reducer"
+TABLE: Final = "files"
+
+log = get_logger("stampline.reducer")
+
+
+@dataclass(slots=True)
+class _Partition:
+    writer: Writer
+    store: PartitionStore
+
+
+class Reducer:
+    """The reducer's partitions in this process."""
+
+    def __init__(self, settings: Settings, *, transactions: bool) -> None:
+        self._settings = settings
+        self._transactions = transactions
+        self._rules = Rules(
+            attempts_max=settings.retry_max_attempts,
+            backoff_base_ms=settings.retry_backoff_base_ms,
+            backoff_cap_ms=settings.retry_backoff_cap_ms,
+            dedup_ids_max=settings.dedup_event_ids_max,
+            dedup_window_ms=settings.dedup_window_seconds * 1000,
+        )
+        self._partitions: dict[TP, _Partition] = {}
+        self._group = topic_name(settings, APP_ID)
+        self._changelog = topic_name(settings, FILES_CHANGELOG)
+        #: The table's store; the app gives it its table.
+        self.store: BatchStore | None = None
+
+    async def open(self, tp: TP, consumer: BatchConsumer) -> int:
+        """Fence, restore, and find the place to go on; see `pipeline.lanes.Role`."""
+        assert self.store is not None
+        writer = Writer(
+            self._settings,
+            partition=tp.partition,
+            group=self._group,
+            transactional_id=f"{self._group}-{tp.partition}" if self._transactions else None,
+            idempotent=self._transactions,
+            commit_offsets=consumer.commit_offsets,
+        )
+        await writer.open()
+        store = self.store.partition(tp.partition)
+        self._partitions[tp] = _Partition(writer, store)
+        await restore(self._settings, TopicPartition(self._changelog, tp.partition), store)
+        return _position(tp, await consumer.log_range(tp), store)
+
+    async def process(self, batch: Batch) -> None:
+        """Fold one batch and commit it."""
+        started = time.perf_counter()
+        partition = self._partitions[batch.tp]
+        store = partition.store
+        stamps = [decode_stamp(record.value) for record in batch.records]
+        folded = fold(stamps, store.values.get, store.progress, self._rules)
+        reduced = time.perf_counter()
+        now = datetime.now(UTC)
+        next_offsets = await partition.writer.write(
+            {
+                self._changelog: [
+                    *(Record(key, value) for key, value in folded.changes),
+                    Record(PROGRESS_KEY, encode_record(folded.progress)),
+                ],
+                topic_name(self._settings, RETRY): [self._sent_in_again(stamp) for stamp in folded.deferred],
+                topic_name(self._settings, DEAD_LETTERS): [
+                    self._given_up(stamp, batch.tp.partition, now) for stamp in folded.gave_up
+                ],
+            },
+            {batch.tp: batch.next_offset},
+        )
+        store.apply(folded.changes, folded.progress, next_offsets[self._changelog])
+        log.info(
+            "batch_committed",
+            role="reducer",
+            partition=batch.tp.partition,
+            count=len(stamps),
+            next_input_offset=folded.progress.next_input_offset,
+            reduce_ms=round((reduced - started) * 1000, 2),
+            duration_ms=round((time.perf_counter() - started) * 1000, 2),
+        )
+
+    def _sent_in_again(self, stamp: Stamp) -> Record:
+        """The event for the retry role: its own bytes, which attempt comes next, and when it is due."""
+        assert stamp.uri is not None
+        assert stamp.event_id is not None
+        due_ms = stamp.stamped_at.timestamp() * 1000 + backoff_ms(stamp.event_id, stamp.attempt, self._rules)
+        headers = ((ATTEMPT_HEADER, b"%d" % (stamp.attempt + 1)), ("stampline-due-ms", b"%d" % due_ms))
+        return Record(stamp.uri.encode(), stamp.original, headers)
+
+    def _given_up(self, stamp: Stamp, partition: int, now: datetime) -> Record:
+        assert stamp.uri is not None
+        return dead_letter_of_event(
+            Record(stamp.uri.encode(), stamp.original),
+            topic=topic_name(self._settings, FILE_EVENTS),
+            partition=partition,
+            offset=stamp.input_offset,
+            reason="gave_up",
+            error=f"expected version {stamp.expected_version} did not come in {stamp.attempt} attempts",
+            attempts=stamp.attempt + 1,
+            now=now,
+        )
+
+    async def close(self, tp: TP) -> None:
+        """Let go of a partition, but keep its store: if it comes back, only the difference is restored."""
+        partition = self._partitions.pop(tp, None)
+        if partition is not None:
+            await partition.writer.aclose()
+
+    def retain(self, tps: Iterable[TP]) -> None:
+        """Drop the stores of partitions that went to others; see `pipeline.lanes.Role`."""
+        if self.store is not None:
+            self.store.retain(tp.partition for tp in tps)
+
+
+def _position(tp: TP, log_range: LogRange, store: PartitionStore) -> int:
+    committed = log_range.committed
+    place = f"{tp.topic} partition {tp.partition}"
+    if committed is None:
+        return log_range.begin
+    if committed < log_range.begin:
+        raise PositionLost(
+            f"{place}: offsets {committed} to {log_range.begin - 1} are gone by retention and were not reduced"
+        )
+    if log_range.ends_before(committed):
+        raise PositionLost(f"{place} ends at {log_range.end}, but is reduced up to {committed}: it was made anew")
+    if committed and store.progress is None:
+        raise PositionLost(f"{place} is reduced up to {committed}, but the table's changelog is empty")
+    return committed
+
+
+def create_app(settings: Settings, *, transactions: bool) -> RoleApp:
+    """Return the reducer's Faust app, with its table."""
+    reducer = Reducer(settings, transactions=transactions)
+    app = RoleApp(APP_ID, settings, reducer, transactions=transactions)
+    table = BatchTable(app, name=TABLE, key_type=bytes, value_type=bytes, partitions=settings.kafka_topic_partitions)
+    app.tables.add(table)
+    reducer.store = table.batch_store
+
+    @app.agent(app.batches(FILE_STAMPS), name="reducer")
+    async def reduce_stamps(batches):  # type: ignore[no-untyped-def]
+        async for batch in batches:
+            batch.start(reducer.process)
+
+    return app
+
+
+if __name__ == "__main__":
+    run_role("reducer")

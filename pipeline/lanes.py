@@ -1,0 +1,295 @@
+"""Lanes: one for each assigned partition; it opens, processes batch after batch, and ends.
+
+A lane gathers records while its batch is in flight, so a batch is small when little comes and large when much does.
+It knows three kinds of failure: a batch that left no trace is tried again; a partition that another process has
+taken is dropped; after anything else the partition is closed and opened again, which finds out the truth. Each
+pause has jitter and grows to a bound.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import Any, Final, Protocol
+
+from faust.types import TP
+
+from pipeline.errors import BatchAborted, PartitionFenced, PositionLost, StamplineError
+from pipeline.logs import get_logger
+from pipeline.settings import Settings
+
+log = get_logger("stampline.lanes")
+
+_BACKOFF_BASE_SECONDS: Final = 0.05
+_BACKOFF_CAP_SECONDS: Final = 5.0
+
+
+class Role(Protocol):
+    """What a role does with its partitions. All three may be called again for the same partition."""
+
+    async def open(self, tp: TP, consumer: Any) -> int:
+        """Take over a partition (fence the owner before, restore its state) and return the offset to start at."""
+
+    async def close(self, tp: TP) -> None:
+        """Let go of a partition; its state may be kept for the case that it comes back."""
+
+    def retain(self, tps: Iterable[TP]) -> None:
+        """Forget the state of every partition that is not among these: a rebalance has ended."""
+
+
+class Batch:
+    """The records of one partition that are processed together: the value of a Faust event."""
+
+    __slots__ = ("_done", "_task", "records", "tp")
+
+    def __init__(self, tp: TP, records: Sequence[Any]) -> None:
+        self.tp = tp
+        #: aiokafka's records, in order, never empty.
+        self.records = records
+        self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def next_offset(self) -> int:
+        """The offset to commit once the batch is done."""
+        return int(self.records[-1].offset) + 1
+
+    def start(self, process: Callable[[Batch], Awaitable[None]]) -> None:
+        """Process the batch beside those of other partitions; its lane waits for it and handles its errors."""
+        if not self._done.done():
+            self._task = asyncio.ensure_future(self._run(process))
+
+    async def _run(self, process: Callable[[Batch], Awaitable[None]]) -> None:
+        try:
+            await process(self)
+        except asyncio.CancelledError:
+            self._done.cancel()
+            raise
+        except BaseException as exc:  # noqa: BLE001 (the lane that waits for `_done` gets it)
+            if not self._done.done():
+                self._done.set_exception(exc)
+        else:
+            if not self._done.done():
+                self._done.set_result(None)
+
+    async def finished(self) -> None:
+        """Wait until the batch is processed, and raise what it raised. Cancelling the wait cancels the work."""
+        try:
+            await asyncio.shield(self._done)
+        except asyncio.CancelledError:
+            self._done.cancel()
+            if self._task is not None:
+                self._task.cancel()
+                await asyncio.wait([self._task])
+            raise
+
+
+class _Deliverer(Protocol):
+    """What lanes need of the consumer."""
+
+    thread: Any
+
+    async def deliver(self, batch: Batch) -> None: ...
+
+    async def seek_wait(self, partitions: Mapping[TP, int]) -> None: ...
+
+
+class Lane:
+    """One partition's way through this process."""
+
+    def __init__(self, tp: TP, role: Role, consumer: _Deliverer, settings: Settings) -> None:
+        self.tp = tp
+        #: What it is doing: `opening`, `live`, or why it is not.
+        self.status = "opening"
+        self._role = role
+        self._consumer = consumer
+        self._settings = settings
+        self._open = False
+        self._pending: list[Any] = []
+        self._pending_bytes = 0
+        self._arrived = asyncio.Event()
+        self._lost = False
+        self._busy = False
+        self._stopping = False
+        self._task = asyncio.ensure_future(self._live())
+
+    @property
+    def live(self) -> bool:
+        """Whether the partition is open and its last batch did not fail."""
+        return self.status == "live"
+
+    @property
+    def has_room(self) -> bool:
+        """Whether more records may be fetched."""
+        return (
+            self._open
+            and self._pending_bytes < self._settings.batch_bytes_max
+            and len(self._pending) < self._settings.batch_records_max
+        )
+
+    def offer(self, records: Sequence[Any]) -> None:
+        """Take fetched records; a closed lane drops them, since it will seek when it opens."""
+        if self._open:
+            self._pending.extend(records)
+            self._pending_bytes += sum(len(record.value or b"") + len(record.key or b"") for record in records)
+            self._arrived.set()
+
+    def lose_position(self) -> None:
+        """Stop: the log does not hold the position any more. Opening again tells which offsets are gone."""
+        self._open = False
+        self._lost = True
+        self._arrived.set()
+
+    async def _live(self) -> None:
+        attempt = 0
+        while not self._stopping:
+            try:
+                position = await self._role.open(self.tp, self._consumer)
+                await self._consumer.seek_wait({self.tp: position})
+                self._pending.clear()
+                self._pending_bytes = 0
+                self._lost = False
+                self._open, self.status = True, "live"
+                while not self._stopping:
+                    await self._process(await self._take())
+                    attempt = 0
+            except PartitionFenced:
+                # The group will soon agree and take the partition away; if it does not, somebody uses our id.
+                self.status = "fenced: another process writes this partition"
+                log.warning("partition_fenced", topic=self.tp.topic, partition=self.tp.partition)
+                attempt = max(attempt, 6)
+            except StamplineError as exc:
+                self.status = str(exc)
+                log.error("partition_failed", topic=self.tp.topic, partition=self.tp.partition, error=str(exc))
+            except Exception as exc:
+                self.status = f"{type(exc).__name__}: {exc}"
+                log.exception("partition_failed", topic=self.tp.topic, partition=self.tp.partition, error=str(exc))
+            finally:
+                self._open = self._busy = False
+                await self._close()
+            if not self._stopping:
+                await _pause(attempt)
+                attempt += 1
+
+    async def _close(self) -> None:
+        try:
+            await self._role.close(self.tp)
+        except Exception:
+            log.exception("partition_not_closed", topic=self.tp.topic, partition=self.tp.partition)
+
+    async def _take(self) -> Batch:
+        """Wait for records and take all that there are, up to the bounds of a batch."""
+        while not self._pending and not self._lost:
+            self._arrived.clear()
+            await self._arrived.wait()
+        if self._lost:
+            raise PositionLost
+        had_room = self.has_room
+        most = self._settings.batch_records_max
+        taken, self._pending = self._pending[:most], self._pending[most:]
+        self._pending_bytes = sum(len(record.value or b"") + len(record.key or b"") for record in self._pending)
+        if not had_room:
+            self._consumer.thread.wake()
+        return Batch(self.tp, taken)
+
+    async def _process(self, batch: Batch) -> None:
+        """Have the agent process the batch, again and again while it leaves no trace."""
+        attempt = 0
+        self._busy = True
+        while True:
+            try:
+                await self._consumer.deliver(batch)
+                await batch.finished()
+            except BatchAborted as exc:
+                log.warning(
+                    "batch_aborted", topic=self.tp.topic, partition=self.tp.partition, attempt=attempt, error=str(exc)
+                )
+                await _pause(attempt)
+                attempt += 1
+                batch = Batch(batch.tp, batch.records)
+            else:
+                self._busy = False
+                return
+
+    async def end(self, timeout_seconds: float) -> None:
+        """Give the batch in flight its time, then cancel it; return when the partition is closed."""
+        self._stopping = True
+        self._open = False
+        if not self._busy:
+            self._task.cancel()
+        _, running = await asyncio.wait([self._task], timeout=timeout_seconds)
+        for task in running:
+            task.cancel()
+            await asyncio.wait([task])
+
+
+class Lanes:
+    """The lanes of one node, by partition."""
+
+    def __init__(self, role: Role, consumer: _Deliverer, settings: Settings) -> None:
+        self._role = role
+        self._consumer = consumer
+        self._settings = settings
+        self._lanes: dict[TP, Lane] = {}
+        self._assigned = False
+        self.with_room = _WithRoom(self._lanes)
+
+    def assign(self, tps: set[TP]) -> None:
+        """Start a lane for each of these partitions; what belongs to others is forgotten."""
+        self._role.retain(tps)
+        self._assigned = True
+        for tp in sorted(tps):
+            self._lanes[tp] = Lane(tp, self._role, self._consumer, self._settings)
+
+    def offer(self, tp: TP, records: Sequence[Any]) -> None:
+        """Hand fetched records to the lane of their partition."""
+        if tp in self._lanes:
+            self._lanes[tp].offer(records)
+
+    def lose_position(self, tp: TP) -> None:
+        """Tell a lane that the log does not hold its position."""
+        if tp in self._lanes:
+            self._lanes[tp].lose_position()
+
+    async def end(self) -> None:
+        """End all lanes within the bound for revoked partitions."""
+        self._assigned = False
+        lanes = list(self._lanes.values())
+        if lanes:
+            started = time.monotonic()
+            await asyncio.gather(*(lane.end(self._settings.revoke_timeout_ms / 1000) for lane in lanes))
+            log.info("partitions_released", count=len(lanes), duration_ms=round((time.monotonic() - started) * 1000))
+        self._lanes.clear()
+
+    async def aclose(self) -> None:
+        """End all lanes and forget all state."""
+        await self.end()
+        self._role.retain(())
+
+    @property
+    def ready(self) -> bool:
+        """Whether partitions were assigned (none is an assignment too) and all of them are live."""
+        return self._assigned and all(lane.live for lane in self._lanes.values())
+
+    def status(self) -> dict[int, str]:
+        """What each partition is doing, by partition number."""
+        return {tp.partition: lane.status for tp, lane in self._lanes.items()}
+
+
+class _WithRoom:
+    """The partitions to fetch, as a live view that aiokafka's fetcher looks into from its own thread."""
+
+    def __init__(self, lanes: Mapping[TP, Lane]) -> None:
+        self._lanes = lanes
+
+    def __contains__(self, tp: TP) -> bool:
+        lane = self._lanes.get(tp)
+        return lane is not None and lane.has_room
+
+
+async def _pause(attempt: int) -> None:
+    """Wait with full jitter before trying again."""
+    most = min(_BACKOFF_CAP_SECONDS, _BACKOFF_BASE_SECONDS * 2**attempt)
+    await asyncio.sleep(random.uniform(_BACKOFF_BASE_SECONDS / 2, most))  # noqa: S311 (not a secret)

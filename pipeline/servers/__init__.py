@@ -1,0 +1,1 @@
+"""The servers that stampline can start by itself: two brokers and a database."""

@@ -1,0 +1,265 @@
+"""The batch transport: Faust's consumer, but one event is a whole record batch of one partition, and commit is ours.
+
+Faust hands an agent one record at a time and commits when the loop body ends, which is slow and loses data (see the
+README). Here the road of a record is::
+
+    aiokafka's fetcher (its own thread)
+      → BatchConsumer._drain_messages   takes what was fetched, only for lanes that have room
+      → Lane                            gathers it; as soon as the batch before is done, delivers all it has
+      → Faust's conductor and stream    one event whose value is a `Batch`
+      → the agent                       `batch.start(process)`
+      → Lane                            waits for `process`; repeats, reopens or gives up the partition on errors
+
+Nothing here commits: `process` does, in the transaction that holds its outputs. Faust's own commit commits nothing.
+A lane's failure is its own: the other partitions go on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, NamedTuple, Protocol, cast
+
+import faust
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.consumer.group_coordinator import OffsetAndMetadata
+from aiokafka.errors import (
+    CommitFailedError,
+    ConsumerStoppedError,
+    IllegalStateError,
+    KafkaError,
+    NoOffsetForPartitionError,
+    OffsetOutOfRangeError,
+)
+from faust.transport.drivers import aiokafka as driver
+from faust.types import TP, ConsumerMessage
+
+from pipeline.errors import PartitionFenced, ServiceUnavailable
+from pipeline.kafka import kafka_errors, kafka_options
+from pipeline.lanes import Batch, Lanes, Role
+from pipeline.settings import Settings
+
+#: Most bytes that one fetch brings for one partition, and in all.
+_PARTITION_FETCH_BYTES = 4 * 2**20
+_FETCH_BYTES = 32 * 2**20
+#: Longest a fetch waits for a first record, in ms: a partition left out of it waits so long at most.
+_FETCH_WAIT_MS = 100
+_POLL_SECONDS = 1.0
+
+
+class BatchApp(Protocol):
+    """What the transport needs of the Faust app that it serves."""
+
+    settings: Settings
+    role: Role
+    #: Whether the broker has transactions: all but the embedded one.
+    transactions: bool
+
+
+class LogRange(NamedTuple):
+    """What the log of a partition holds, and what this group has committed of it.
+
+    `begin` is its first offset, `end` the one after its last (None = the broker does not tell), `committed` is None
+    where nothing was committed yet.
+    """
+
+    begin: int
+    end: int | None
+    committed: int | None
+
+    def ends_before(self, position: int) -> bool:
+        """Whether the log is shorter than what was read of it: it is another log by the same name."""
+        return self.end is not None and position > self.end
+
+
+class BatchSchema(faust.Schema):
+    """Passes a batch through as the value of a Faust event: decoding is the agent's business."""
+
+    def compile(self, app: Any, **_options: Any) -> Callable[..., Awaitable[Any]]:  # noqa: A003 (Faust's name)
+        """Return the function that makes an event of a message."""
+
+        async def decode(message: Any, *, propagate: bool = False) -> Any:
+            return app.create_event(None, message.value, message.headers, message)
+
+        return decode
+
+
+class BatchConsumerThread(driver.AIOKafkaConsumerThread):
+    """Faust's consumer thread with a consumer of our own making."""
+
+    def _create_worker_consumer(self, transport: Any) -> AIOKafkaConsumer:
+        app = self.consumer.app
+        settings: Settings = app.settings
+        session_ms = settings.kafka_session_timeout_ms
+        return AIOKafkaConsumer(
+            **kafka_options(settings),
+            group_id=app.conf.id,
+            partition_assignment_strategy=[app.assignor],
+            enable_auto_commit=False,
+            # Positions are ours: a position that the log does not hold must be an error, never a jump.
+            auto_offset_reset="none",
+            isolation_level="read_committed",
+            max_poll_records=settings.batch_records_max,
+            max_partition_fetch_bytes=_PARTITION_FETCH_BYTES,
+            fetch_max_bytes=_FETCH_BYTES,
+            fetch_max_wait_ms=_FETCH_WAIT_MS,
+            session_timeout_ms=session_ms,
+            heartbeat_interval_ms=session_ms // 4,
+            rebalance_timeout_ms=max(session_ms, 2 * settings.revoke_timeout_ms),
+        )
+
+    async def on_start(self) -> None:
+        """Start the consumer."""
+        with kafka_errors(self.consumer.app.settings):
+            await super().on_start()
+        # With a pause here, one partition whose lane is busy would hold up the fetches of all others.
+        self._ensure_consumer()._fetcher._prefetch_backoff = 0  # noqa: SLF001
+
+    async def commit_offsets(self, offsets: Mapping[TP, int]) -> None:
+        """Commit positions as a plain consumer, for hops without a transaction."""
+        consumer = self._ensure_consumer()
+        await self.call_thread(consumer.commit, {TopicPartition(*tp): OffsetAndMetadata(at, "") for tp, at in offsets.items()})
+
+    async def log_range(self, tp: TP) -> LogRange:
+        """Return what the log of a partition holds, and what this group has committed of it."""
+        return cast("LogRange", await self.call_thread(self._log_range, tp))
+
+    async def _log_range(self, tp: TP) -> LogRange:
+        consumer = self._ensure_consumer()
+        begin = (await consumer.beginning_offsets([tp]))[tp]
+        end: int | None = (await consumer.end_offsets([tp]))[tp]
+        if end and not self.consumer.app.transactions:
+            end = None  # The embedded broker tells the base of its last batch; only 0 can be believed.
+        return LogRange(begin, end, await consumer.committed(tp))
+
+    def coordinator_tasks(self) -> list[asyncio.Task[None]]:
+        """The tasks that keep this consumer in its group; one that ends leaves a consumer that sits idle for ever."""
+        coordinator = getattr(self._consumer, "_coordinator", None)
+        return [task for task in (getattr(coordinator, "_coordination_task", None),) if task is not None]
+
+    def wake(self) -> None:
+        """Let a waiting `getmany` look again: a lane has room. Callable from any thread."""
+        self.thread_loop.call_soon_threadsafe(self._wake)
+
+    def _wake(self) -> None:
+        fetcher = self._ensure_consumer()._fetcher  # noqa: SLF001
+        for waiter in list(fetcher._fetch_waiters):  # noqa: SLF001
+            fetcher._notify(waiter)  # noqa: SLF001
+
+
+class BatchConsumer(driver.Consumer):
+    """Faust's consumer: delivers batches through lanes, seeks to the role's positions, and commits nothing itself."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.lanes = Lanes(self.app.role, self, self.app.settings)
+
+    def _new_consumer_thread(self) -> BatchConsumerThread:
+        return BatchConsumerThread(self, loop=self.loop, beacon=self.beacon)
+
+    @property
+    def thread(self) -> BatchConsumerThread:
+        """The thread that talks to Kafka."""
+        return cast("BatchConsumerThread", self._thread)
+
+    async def _drain_messages(self, fetcher: Any) -> None:
+        try:
+            while not (self.should_stop or fetcher.should_stop):
+                if not self.flow_active:
+                    await self.wait(self.can_resume_flow)
+                    continue
+                generation = self.app.consumer_generation_id
+                for tp, records in (await self._fetch()).items():
+                    # After a rebalance the lanes are others, and have their own positions.
+                    if self.flow_active and generation == self.app.consumer_generation_id:
+                        self.lanes.offer(tp, records)
+        except ConsumerStoppedError:
+            if not self.app.should_stop:
+                raise
+
+    async def _fetch(self) -> Mapping[TP, list[Any]]:
+        try:
+            return cast("Mapping[TP, list[Any]]", await self.thread.getmany(self.lanes.with_room, _POLL_SECONDS))
+        except NoOffsetForPartitionError:
+            # aiokafka looked for a committed offset before the lane had told its own position.
+            return {}
+        except OffsetOutOfRangeError as exc:
+            for tp in exc.args[0]:
+                self.lanes.lose_position(tp)
+            return {}
+
+    async def deliver(self, batch: Batch) -> None:
+        """Send a batch through Faust to the agent."""
+        last = batch.records[-1]
+        await self.callback(
+            ConsumerMessage(
+                batch.tp.topic,
+                batch.tp.partition,
+                last.offset,
+                last.timestamp / 1000.0,
+                last.timestamp_type,
+                (),
+                None,
+                batch,
+                None,
+                tp=batch.tp,
+                generation_id=self.app.consumer_generation_id,
+            )
+        )
+
+    async def log_range(self, tp: TP) -> LogRange:
+        """Return what the log of a partition holds, and what this group has committed of it.
+
+        Raises:
+            ServiceUnavailable: Kafka does not answer.
+        """
+        with kafka_errors(self.app.settings, topic=tp.topic):
+            return await self.thread.log_range(tp)
+
+    async def commit_offsets(self, offsets: Mapping[TP, int]) -> None:
+        """Commit positions outside a transaction.
+
+        Raises:
+            PartitionFenced: the group has moved on.
+            ServiceUnavailable: Kafka did not confirm it.
+        """
+        try:
+            await self.thread.commit_offsets(offsets)
+        except (CommitFailedError, IllegalStateError) as exc:
+            raise PartitionFenced from exc
+        except KafkaError as exc:
+            raise ServiceUnavailable(f"offsets were not committed: {exc}") from exc
+
+    async def force_commit(self, topics: Any = None, start_new_transaction: bool = True) -> bool:  # noqa: FBT001, FBT002
+        """Commit nothing: a batch's own transaction does."""
+        return False
+
+    async def perform_seek(self) -> None:
+        """Seek nothing: each lane seeks when it has opened."""
+
+    async def on_partitions_assigned(self, assigned: set[TP], generation_id: int = 0) -> None:
+        """Start a lane for each input partition. Opening them happens beside the heartbeats, not here."""
+        await super().on_partitions_assigned(assigned, generation_id)
+        self.lanes.assign({tp for tp in assigned if not self._is_changelog_tp(tp)})
+
+    async def on_partitions_revoked(self, revoked: set[TP]) -> None:
+        """End every lane within the bound before the partitions go."""
+        self.stop_flow()
+        await self.lanes.end()
+        await super().on_partitions_revoked(revoked)
+
+    async def on_stop(self) -> None:
+        """End every lane, then leave the group."""
+        self.stop_flow()
+        await self.lanes.aclose()
+        await super().on_stop()
+
+    def verify_event_path(self, now: float, tp: TP) -> None:
+        """Say nothing: Faust judges by its own commits; a lane's state says more."""
+
+
+class Transport(driver.Transport):
+    """The transport behind `batch://` broker urls."""
+
+    Consumer = BatchConsumer
+    driver_version = f"batch over {driver.Transport.driver_version}"

@@ -1,0 +1,153 @@
+"""The composition root: puts the roles of one process together, starts them, watches them and stops them.
+
+Start reading here: a node is a few Faust apps (one for each role, `agents/`) on the batch transport
+(`pipeline/transport.py`). The hasher turns file events into stamps, the reducer folds stamps into table `files`
+(`tables/`), the projector writes the table's changelog to PostgreSQL (`projections/`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any, Final
+
+from agents import hasher, projector, reducer
+from migrations import run as migrations
+from pipeline import logs
+from pipeline.app import RoleApp
+from pipeline.errors import StamplineError
+from pipeline.logs import get_logger
+from pipeline.postgres import PostgresConnectionManager, tls_context
+from pipeline.settings import Settings
+from pipeline.topics import has_transactions, require_topics
+
+ROLES: Final = ("hasher", "reducer", "projector")
+
+#: How often a node looks whether all its parts are alive, in s.
+_WATCH_SECONDS: Final = 0.5
+
+log = get_logger("stampline.worker")
+
+
+class Node:
+    """The running roles of this process."""
+
+    def __init__(self, apps: dict[str, RoleApp]) -> None:
+        self._apps = apps
+
+    @property
+    def ready(self) -> bool:
+        """Whether every role has joined its group and all its partitions are live."""
+        return all(app.is_ready for app in self._apps.values())
+
+    def status(self) -> dict[str, dict[int, str]]:
+        """Return what each partition of each role is doing."""
+        return {role: app.batch_consumer.lanes.status() for role, app in self._apps.items()}
+
+    async def wait_until_ready(self) -> None:
+        """Return once the node is ready.
+
+        Raises:
+            StamplineError: a part of it has died.
+        """
+        while not self.ready:
+            self._check()
+            await asyncio.sleep(_WATCH_SECONDS / 10)
+
+    async def watch(self) -> None:
+        """Return never.
+
+        Raises:
+            StamplineError: a part of the node has died; the process should end and be started again.
+        """
+        while True:
+            self._check()
+            await asyncio.sleep(_WATCH_SECONDS)
+
+    def _check(self) -> None:
+        for role, app in self._apps.items():
+            fault = app.find_fault()
+            if fault is not None:
+                raise StamplineError(f"role {role} has stopped working: {fault}") from fault
+
+
+async def check_services(settings: Settings, roles: Sequence[str]) -> bool:
+    """Make sure that the roles can work; return whether the broker has transactions.
+
+    Raises:
+        ServiceUnavailable: Kafka or PostgreSQL does not answer.
+        TopicError: a topic is missing or has another shape.
+        SettingsError: the settings do not fit the services, or the schema is not the one of this version.
+    """
+    transactions = await has_transactions(settings)
+    await require_topics(settings)
+    if "projector" in roles:
+        await asyncio.to_thread(migrations.require_head, settings.postgres_url, tls=tls_context(settings))
+    return transactions
+
+
+@asynccontextmanager
+async def run_node(settings: Settings, roles: Sequence[str], *, transactions: bool) -> AsyncIterator[Node]:
+    """Start the roles; stop them in the end, draining what is in flight.
+
+    Raises:
+        ServiceUnavailable: Kafka or PostgreSQL does not answer.
+    """
+    if not transactions:
+        log.warning("fencing_is_off", reason="the embedded broker has no transactions; do not run two nodes of a role")
+    async with AsyncExitStack() as stack:
+        apps: dict[str, RoleApp] = {}
+        for role in roles:
+            if role == "hasher":
+                apps[role] = hasher.create_app(settings, transactions=transactions)
+            elif role == "reducer":
+                apps[role] = reducer.create_app(settings, transactions=transactions)
+            else:
+                manager = await stack.enter_async_context(PostgresConnectionManager(settings))
+                apps[role] = projector.create_app(settings, manager, transactions=transactions)
+        for app in apps.values():
+            stack.push_async_callback(app.stop)
+            await app.start()
+        log.info("node_started", roles=list(roles), transactions=transactions)
+        yield Node(apps)
+    log.info("node_stopped", roles=list(roles))
+
+
+async def run_until_signalled(settings: Settings, roles: Sequence[str]) -> None:
+    """Run a node until SIGTERM or SIGINT, then drain it.
+
+    Raises:
+        StamplineError: as `check_services`, `run_node` and `Node.watch`.
+    """
+    stop = stop_signal()
+    transactions = await check_services(settings, roles)
+    logs.configure(settings)  # Not before: what is wrong with the services is one line, not a library's log.
+    async with run_node(settings, roles, transactions=transactions) as node:
+        await until(stop, node.watch())
+
+
+def stop_signal() -> asyncio.Event:
+    """Return an event that SIGTERM and SIGINT set, instead of ending the process."""
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    return stop
+
+
+async def until(stop: asyncio.Event, *watched: Coroutine[Any, Any, Any]) -> bool:
+    """Wait for the event or for the first of the watched coroutines; return whether it was the event.
+
+    What a watched coroutine raises is raised here; the others are cancelled.
+    """
+    tasks: list[asyncio.Task[Any]] = [asyncio.create_task(item) for item in (stop.wait(), *watched)]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+        return tasks[0] in done
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)

@@ -1,0 +1,33 @@
+"""The SQL of the projections by name; the statements themselves are in `queries.sql`."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from importlib.resources import files
+from typing import Final
+
+_NAME: Final = re.compile(r"^-- name: (\w+)$", re.MULTILINE)
+
+
+@cache
+def query(name: str) -> str:
+    """Return the statement called `name`.
+
+    Raises:
+        KeyError: there is none, which is a bug of ours.
+    """
+    return _queries()[name]
+
+
+@cache
+def _queries() -> dict[str, str]:
+    script = files("projections").joinpath("queries.sql").read_text(encoding="utf-8")
+    _, *parts = _NAME.split(script)
+    names, bodies = parts[::2], parts[1::2]
+    assert len(set(names)) == len(names)
+    return {name: _without_comments(body) for name, body in zip(names, bodies, strict=True)}
+
+
+def _without_comments(body: str) -> str:
+    return "\n".join(line for line in body.splitlines() if line and not line.startswith("--"))

@@ -1,0 +1,146 @@
+"""Write batches of the feed to PostgreSQL: the rows of all projections and their watermarks, in one transaction.
+
+That transaction is the commit of the projector; there is no other. Its order:
+
+1. COPY of everything that the batch brings: the rows of the history into their table, where they are in nobody's way,
+   those of `files` into a table of this session.
+2. Compare-and-set of the watermarks. Where they have moved, another projector owns the partition, and the transaction
+   is rolled back with everything in it.
+3. The upsert of `files`, within the server.
+4. COMMIT.
+
+The COPY comes first because PostgreSQL waits for the client's data without any timeout: a projector that freezes in
+the middle of a COPY would otherwise keep the watermark's lock, and its successor out, for as long as it is frozen.
+After the compare-and-set the server never waits for more than the next short command, and gives the transaction up
+when that does not come (`idle_in_transaction_session_timeout`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from pipeline.errors import PartitionFenced
+from pipeline.postgres import Connection, PostgresConnectionManager
+from projections import file_history, files
+from projections.feed import FeedBatch
+from projections.queries import query
+from projections.watermarks import PROJECTIONS, agree
+
+
+@dataclass(frozen=True, slots=True)
+class WriteResult:
+    """What one write did: rows by projection, the clock time put into them, and how long it took, in ms."""
+
+    rows: Mapping[str, int]
+    projected_at: datetime
+    milliseconds: float
+
+
+def _utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+class ProjectionWriter:
+    """Writes all projections of any number of partitions.
+
+    Args:
+        manager: the connections; the caller opens and closes them.
+        owner: the name of this process in the watermarks.
+        now: the clock, in UTC.
+    """
+
+    def __init__(
+        self, manager: PostgresConnectionManager, owner: str, *, now: Callable[[], datetime] = _utc_now
+    ) -> None:
+        self._manager = manager
+        self._owner = owner
+        self._now = now
+        # The month whose partitions are known to be there.
+        self._month: tuple[int, int] | None = None
+
+    async def open_partition(self, partition: int) -> int:
+        """Become the owner of `partition` and return the feed offset to go on from, 0 for a new one.
+
+        Raises:
+            PositionLost: the projections stand at different offsets; the message says what to run.
+            ServiceUnavailable, BatchAborted, SettingsError: as `PostgresConnectionManager.connection`.
+        """
+        now = self._now()
+        async with self._manager.connection() as connection:
+            await self._ensure_history_partitions(connection, now)
+            rows = await connection.fetch(query("open_watermarks"), PROJECTIONS, partition, self._owner, now)
+        return agree(partition, {row["projection"]: row["feed_offset"] for row in rows})
+
+    async def write(
+        self, partition: int, expected_feed_offset: int, batch: FeedBatch, next_feed_offset: int
+    ) -> WriteResult:
+        """Write `batch` and move the watermarks from `expected_feed_offset` to `next_feed_offset`: all or nothing.
+
+        Raises:
+            PartitionFenced: the watermarks do not stand at `expected_feed_offset`; nothing has been written.
+            ServiceUnavailable: also where the answer to the COMMIT was lost: call `open_partition` to see which it was.
+            BatchAborted: nothing has been written; the same call may succeed now.
+            SettingsError: as `PostgresConnectionManager.connection`.
+        """
+        assert next_feed_offset > expected_feed_offset
+        started = time.perf_counter()
+        async with self._manager.connection() as connection:
+            now = self._now()
+            await self._ensure_history_partitions(connection, now)
+            history_rows = file_history.rows(batch, partition, now)
+            files_rows = files.rows(batch)
+            async with connection.transaction(isolation="read_committed"):
+                await _copy(connection, history_rows, files_rows)
+                moved = await connection.execute(
+                    query("move_watermarks"),
+                    PROJECTIONS,
+                    partition,
+                    expected_feed_offset,
+                    next_feed_offset,
+                    batch.next_input_offset,
+                    batch.event_time,
+                    now,
+                    self._owner,
+                )
+                if _count(moved) != len(PROJECTIONS):
+                    raise PartitionFenced(
+                        f"another projector has moved the watermark of partition {partition}, "
+                        f"it is not at feed offset {expected_feed_offset} any more"
+                    )
+                shown = 0
+                if files_rows:
+                    shown = _count(await connection.execute(query("upsert_files"), partition, now))
+        return WriteResult(
+            rows={files.NAME: shown, file_history.NAME: len(history_rows)},
+            projected_at=now,
+            milliseconds=(time.perf_counter() - started) * 1000,
+        )
+
+    async def _ensure_history_partitions(self, connection: Connection, now: datetime) -> None:
+        """Make this month's and the next month's partition of the history, once a month and outside the commit."""
+        month = (now.year, now.month)
+        if month == self._month:
+            return
+        await connection.execute(query("ensure_history_partitions"), now)
+        self._month = month
+
+
+async def _copy(connection: Connection, history_rows: list[tuple[Any, ...]], files_rows: list[tuple[Any, ...]]) -> None:
+    if history_rows:
+        await connection.copy_records_to_table(
+            "file_history", schema_name="stampline", columns=file_history.COLUMNS, records=history_rows
+        )
+    if files_rows:
+        await connection.execute(query("stage_files"))
+        await connection.copy_records_to_table(
+            "staged_files", schema_name="pg_temp", columns=files.COLUMNS, records=files_rows
+        )
+
+
+def _count(status: str) -> int:
+    """Return how many rows a command touched, which is the last word of its status."""
+    return int(status.rpartition(" ")[2])

@@ -1,0 +1,5 @@
+"""What all tests share; the fixtures stand in `fix_*.py`, one module for each concern."""
+
+from __future__ import annotations
+
+pytest_plugins = ["tests.fix_services"]
