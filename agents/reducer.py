@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final
 
-from aiokafka import TopicPartition
 from faust.types import TP
 
 from agents.standalone import run_role
@@ -82,7 +81,15 @@ class Reducer:
         await writer.open()
         store = self.store.partition(tp.partition)
         self._partitions[tp] = _Partition(writer, store)
-        await restore(self._settings, TopicPartition(self._changelog, tp.partition), store)
+        started = time.perf_counter()
+        records = await restore(self._settings, self._changelog, tp.partition, store)
+        log.info(
+            "partition_recovered",
+            partition=tp.partition,
+            records=records,
+            keys=len(store.values),
+            duration_ms=round((time.perf_counter() - started) * 1000),
+        )
         return _position(tp, await consumer.log_range(tp), store)
 
     async def process(self, batch: Batch) -> None:

@@ -117,9 +117,11 @@ class EventProducer:
             async with asyncio.timeout(self._delivery_timeout_s):
                 await producer.stop()
         except TimeoutError:
-            # An idempotent driver never gives up by itself. Without connections its sender can be ended.
+            # An idempotent driver never gives up by itself, and has no public way to stop without a flush: take its
+            # connections away, end its sender, and let go of those who wait for a delivery.
             await producer.client.close()
-            await producer._sender.close()  # noqa: SLF001 - the driver has no public way to stop without a flush
+            await producer._sender.close()  # noqa: SLF001
+            producer._message_accumulator.fail_all(ServiceUnavailable("the producer was closed before Kafka answered"))  # noqa: SLF001
 
     async def send(self, event: FileEvent) -> str:
         """Send one event and wait until Kafka has it.

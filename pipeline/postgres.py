@@ -133,14 +133,23 @@ class PostgresConnectionManager:
             BatchAborted: the server gave the transaction up (deadlock, lock or idle timeout); nothing of it is left.
             SettingsError: the tables are missing, or the user may not use them.
         """
-        if self._pool is None:
+        pool = self._pool
+        if pool is None:
             raise RuntimeError("PostgresConnectionManager is not open: use `async with`, or call `open` first")
+        timeout_seconds = self._settings.database_command_timeout_seconds
+        lent = False
         try:
-            async with self._pool.acquire(timeout=self._settings.database_command_timeout_seconds) as connection:
+            async with pool.acquire(timeout=timeout_seconds) as connection:
+                lent = True
                 yield connection
         except StamplineError:
             raise
         except Exception as exc:
+            if isinstance(exc, TimeoutError) and not lent and pool.get_size() == pool.get_max_size():
+                raise ServiceUnavailable(
+                    f"all {pool.get_max_size()} connections to PostgreSQL were in use for {timeout_seconds:g} s: "
+                    "set DATABASE_POOL_MAX_SIZE higher"
+                ) from exc
             ours = translate(exc, self._settings.postgres_url)
             if ours is None:
                 raise
@@ -195,7 +204,7 @@ def translate(exc: BaseException, dsn: str) -> StamplineError | None:
         return SettingsError(f"PostgreSQL does not let {_user(dsn)} do this: {_first_line(exc)}")
     if isinstance(exc, _ABORTED):
         return BatchAborted(f"PostgreSQL gave the transaction up: {_first_line(exc)}")
-    if isinstance(exc, ssl.SSLError):
+    if isinstance(exc, ssl.SSLCertVerificationError):
         return SettingsError(
             f"the certificate of PostgreSQL at {_place(dsn)} is not trusted ({_first_line(exc)}): set POSTGRES_SSL_CA"
         )

@@ -1,4 +1,4 @@
--- Every statement of the hot path. A query begins with its name and ends with the next name; `$n` are its arguments.
+-- Every statement that stampline runs. A query begins with its name and ends with the next name; `$n` are its arguments.
 
 -- name: ensure_history_partitions
 -- Make the partitions of the month of $1 and of the month after it, where they are missing.
@@ -74,3 +74,53 @@ SET version = excluded.version,
     workflow_id = excluded.workflow_id,
     metadata = excluded.metadata
 WHERE (file.input_partition, file.input_offset) <> (excluded.input_partition, excluded.input_offset)
+
+-- name: verify_watermarks
+-- How far each partition is projected: the feed offset and the next input offset that all projections have reached.
+SELECT partition, min(feed_offset) AS feed_offset, min(input_offset) AS input_offset
+FROM stampline.watermarks
+GROUP BY partition
+ORDER BY partition
+
+-- name: verify_files
+-- The rows of `files` that came from partition $1.
+SELECT uri, version, digest, size, deleted, input_offset
+FROM stampline.files
+WHERE input_partition = $1
+
+-- name: verify_history
+-- The history of partition $1, in the order of its inputs.
+SELECT uri, input_offset, outcome, version, digest
+FROM stampline.file_history
+WHERE input_partition = $1
+ORDER BY input_offset
+
+-- name: input_watermarks
+-- The next input offset of each partition that is visible in all projections.
+SELECT partition, min(input_offset) AS input_offset, max(heartbeat_at) AS heartbeat_at
+FROM projection_watermarks
+GROUP BY partition
+ORDER BY partition
+
+-- name: summary
+-- What an analyst would ask first, from the views alone: files, their bytes, inputs by outcome, and the freshness of
+-- what was projected since $1, in ms from Kafka's clock to the projector's.
+SELECT
+    (SELECT count(*) FROM files WHERE NOT deleted) AS files,
+    (SELECT coalesce(sum(size), 0)::bigint FROM files WHERE NOT deleted) AS bytes,
+    count(*) AS events,
+    count(*) FILTER (WHERE outcome = 'rejected') AS rejected,
+    percentile_cont(ARRAY[0.5, 0.99]) WITHIN GROUP (
+        ORDER BY extract(epoch FROM projected_at - recorded_at) * 1000
+    ) AS freshness_ms
+FROM file_history
+WHERE projected_at >= $1
+
+-- name: duplicate_groups
+-- Every content that more than one live file has, the most wasteful first; an empty file wastes nothing.
+SELECT digest, size, count(*) AS copies, size * (count(*) - 1) AS wasted_bytes, min(uri) AS uri
+FROM files
+WHERE NOT deleted
+GROUP BY digest, size
+HAVING count(*) > 1
+ORDER BY wasted_bytes DESC, digest

@@ -79,7 +79,10 @@ BEGIN
         name := 'file_history_' || to_char(first_day, 'YYYY_MM');
         CONTINUE WHEN to_regclass('stampline.' || name) IS NOT NULL;
         PERFORM pg_advisory_xact_lock(hashtextextended('stampline.file_history', 0));
-        CONTINUE WHEN to_regclass('stampline.' || name) IS NOT NULL;
+        -- By a query, for to_regclass remembers what it did not find before the lock.
+        CONTINUE WHEN EXISTS (
+            SELECT FROM pg_class WHERE relnamespace = 'stampline'::regnamespace AND relname = name
+        );
         EXECUTE format('CREATE TABLE stampline.%I (LIKE stampline.file_history INCLUDING ALL)', name);
         EXECUTE format(
             'ALTER TABLE stampline.file_history ATTACH PARTITION stampline.%I FOR VALUES FROM (%L) TO (%L)',

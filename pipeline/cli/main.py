@@ -17,9 +17,14 @@ from pipeline.errors import StamplineError
 
 #: Every command and the module it lives in.
 _COMMANDS: Final = {
+    "bench": "pipeline.cli.bench",
+    "demo": "pipeline.cli.demo",
     "migrate": "pipeline.cli.migrate",
     "scan": "pipeline.cli.scan",
+    "status": "pipeline.cli.status",
     "topics": "pipeline.cli.topics",
+    "up": "pipeline.cli.up",
+    "verify": "pipeline.cli.verify",
     "worker": "pipeline.cli.worker",
 }
 

@@ -21,8 +21,10 @@ DSN = "postgresql://anna:s3cret@db.example:6543/stamps"
         (
             ConnectionRefusedError(111, "Connect call failed"),
             ServiceUnavailable,
-            "PostgreSQL at db.example:6543/stamps does not answer (connection refused): "
-            "start it or set POSTGRES_HOST and POSTGRES_PORT",
+            (
+                "PostgreSQL at db.example:6543/stamps does not answer (connection refused): "
+                "start it or set POSTGRES_HOST and POSTGRES_PORT"
+            ),
         ),
         (OSError("Multiple exceptions: [Errno 111] x, [Errno 111] y"), ServiceUnavailable, "(connection refused)"),
         (FileNotFoundError(2, "No such file"), ServiceUnavailable, "(no socket there)"),

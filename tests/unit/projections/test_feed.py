@@ -17,7 +17,7 @@ def test_changes_come_with_their_keys_and_in_order() -> None:
 
     batch = decode_feed(make_records(*pairs))
 
-    assert [b"a", b"b", b"a"] == batch.keys
+    assert batch.keys == [b"a", b"b", b"a"]
     assert [change for _, change in pairs] == batch.changes
     assert instant(4) == batch.event_time
 

@@ -23,7 +23,7 @@ def test_every_change_has_a_row() -> None:
     """The history keeps every outcome, repeated ones of the same file too, in the order of the feed."""
     rows = project(("a", make_commit(1)), ("b", make_commit(2)), ("a", make_refusal(3, make_state(1))))
 
-    assert [("a", 1), ("b", 2), ("a", 3)] == [(row["uri"], row["input_offset"]) for row in rows]
+    assert [(row["uri"], row["input_offset"]) for row in rows] == [("a", 1), ("b", 2), ("a", 3)]
     assert {(3, NOON)} == {(row["input_partition"], row["projected_at"]) for row in rows}
 
 
@@ -55,7 +55,7 @@ def test_a_rejected_input_of_an_unknown_file_has_no_version() -> None:
     (row,) = project(("a", make_refusal(9, None, outcome="rejected", reason="invalid_event", event=None)))
 
     assert (row["uri"], row["outcome"], row["reason"]) == ("a", "rejected", "invalid_event")
-    assert [None] * 6 == [row[name] for name in ("version", "event_id", "op", "namespace", "digest", "occurred_at")]
+    assert [row[name] for name in ("version", "event_id", "op", "namespace", "digest", "occurred_at")] == [None] * 6
 
 
 def test_a_deletion_has_no_digest() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import uuid
 from typing import Any
 
@@ -46,7 +47,7 @@ def test_the_last_state_of_each_file_is_shown() -> None:
     """One row per file, with the state after its last change."""
     rows = rows_by_uri(("a", make_commit(1)), ("b", make_commit(2)), ("a", make_commit(3, version=2)))
 
-    assert {"a": (2, 3), "b": (1, 2)} == {uri: (row["version"], row["input_offset"]) for uri, row in rows.items()}
+    assert {uri: (row["version"], row["input_offset"]) for uri, row in rows.items()} == {"a": (2, 3), "b": (1, 2)}
 
 
 def test_a_refused_event_does_not_show() -> None:
@@ -83,7 +84,7 @@ def test_the_cut_of_the_batches_does_not_matter(feed: list[tuple[str, Change]], 
     """A feed in any batches leaves the same rows as the feed in one batch."""
     edges = sorted({0, len(feed), *(cut for cut in cuts if cut < len(feed))})
     upserted: dict[str, dict[str, Any]] = {}
-    for begin, end in zip(edges, edges[1:], strict=False):
+    for begin, end in itertools.pairwise(edges):
         upserted.update(rows_by_uri(*feed[begin:end]))
 
     assert upserted == rows_by_uri(*feed)

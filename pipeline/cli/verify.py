@@ -1,0 +1,37 @@
+"""`stampline verify`: prove that nothing was lost and nothing was taken twice."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import asdict
+
+import click
+
+from pipeline.cli.output import print_json, print_table
+from pipeline.settings import load_settings
+from pipeline.verify import verify
+
+
+@click.command("verify")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object with every partition.")
+def command(*, as_json: bool) -> int:
+    """Compare the log, the table and PostgreSQL; exit code 3 if they do not agree. Works on a running system."""
+    reports = asyncio.run(verify(load_settings()))
+    faults = [f"partition {report.partition}: {fault}" for report in reports for fault in report.faults]
+    if as_json:
+        print_json({"verify": "; ".join(faults) or "ok", "partitions": [asdict(report) for report in reports]})
+    else:
+        print_table(
+            [
+                {
+                    "partition": report.partition,
+                    "inputs": report.inputs,
+                    "pending": report.pending,
+                    **{name: count for name, count in report.outcomes.items() if count},
+                    "files": report.files,
+                    "verify": "; ".join(report.faults) or "ok",
+                }
+                for report in reports
+            ]
+        )
+    return 3 if faults else 0

@@ -1,0 +1,107 @@
+"""Reading a piece of one partition's log, outside any consumer group: committed records, in batches, to an end.
+
+The end is reached by position, not by the last record: the last offsets of a transactional log are markers that no
+consumer ever sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from types import TracebackType
+from typing import Any, Final, Self
+
+from aiokafka import AIOKafkaConsumer, TopicPartition
+
+from pipeline.errors import PositionLost
+from pipeline.kafka import kafka_errors, kafka_options
+from pipeline.settings import Settings
+
+_FETCH_BYTES: Final = 8 * 2**20
+_POLL_MS: Final = 200
+
+
+class LogReader:
+    """Reads one partition; an async context manager. `begin` and `end` are the log's bounds when it was opened."""
+
+    def __init__(self, settings: Settings, topic: str, partition: int) -> None:
+        self._settings = settings
+        self._tp = TopicPartition(topic, partition)
+        self._consumer = AIOKafkaConsumer(
+            **kafka_options(settings),
+            isolation_level="read_committed",
+            enable_auto_commit=False,
+            auto_offset_reset="none",
+            max_partition_fetch_bytes=_FETCH_BYTES,
+            fetch_max_bytes=_FETCH_BYTES,
+            fetch_max_wait_ms=_POLL_MS,
+        )
+        self.begin = 0
+        self.end = 0
+        #: The next offset to read.
+        self.position = 0
+
+    async def __aenter__(self) -> Self:
+        """Connect.
+
+        Raises:
+            ServiceUnavailable: Kafka does not answer.
+        """
+        with kafka_errors(self._settings, topic=self._tp.topic):
+            try:
+                await self._consumer.start()
+                self._consumer.assign([self._tp])
+                self.begin = (await self._consumer.beginning_offsets([self._tp]))[self._tp]
+                self.end = (await self._consumer.end_offsets([self._tp]))[self._tp]
+            except BaseException:
+                await self._consumer.stop()
+                raise
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._consumer.stop()
+
+    async def read(self, start: int, until: int | None = None) -> AsyncIterator[Sequence[Any]]:
+        """Yield the records from `start` (or the log's begin, if that is later) to `until` (default: the end).
+
+        Raises:
+            PositionLost: the log ends before `start` or `until`.
+            ServiceUnavailable: Kafka stopped answering.
+        """
+        self.position = max(start, self.begin)
+        if self.end == 0 and max(start, until or 0) > 0:
+            raise PositionLost(f"{self._tp.topic} partition {self._tp.partition} is empty, not read up to {start}")
+        self._consumer.seek(self._tp, self.position)
+        with kafka_errors(self._settings, topic=self._tp.topic):
+            while self.position < (self.end if until is None else until):
+                records = (await self._consumer.getmany(self._tp, timeout_ms=_POLL_MS)).get(self._tp, [])
+                if until is not None and records and records[-1].offset >= until:
+                    records = [record for record in records if record.offset < until]
+                    self.position = until
+                else:
+                    self.position = await self._consumer.position(self._tp)
+                self._learn_end()
+                if until is not None and not records and self.position == self.end < until:
+                    raise PositionLost(
+                        f"{self._tp.topic} partition {self._tp.partition} ends at {self.end}, before {until}"
+                    )
+                if records:
+                    yield records
+
+    async def find_end(self) -> int:
+        """Return the offset after the last committed record or marker, as a fetch tells it.
+
+        Raises:
+            ServiceUnavailable: Kafka stopped answering.
+        """
+        if self.end:
+            with kafka_errors(self._settings, topic=self._tp.topic):
+                self._consumer.seek(self._tp, max(self.begin, self.end - 1))
+                await self._consumer.getmany(self._tp, timeout_ms=_POLL_MS)
+                self._learn_end()
+        return self.end
+
+    def _learn_end(self) -> None:
+        # The embedded broker tells the base of its last batch as the end; what comes with a fetch is right.
+        self.end = max(self.end, self._consumer.last_stable_offset(self._tp) or 0)
