@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final
 
-from faust.types import TP
+from faust.types import TP, StreamT
 
 from agents.standalone import run_role
 from pipeline.app import RoleApp
@@ -75,7 +75,7 @@ class Hasher:
         elif log_range.ends_before(position):
             raise PositionLost(
                 f"{tp.topic} partition {tp.partition} ends at {log_range.end}, but this group has read up to "
-                f"{position}: the topic was made anew. Start with another KAFKA_TOPIC_PREFIX and database, or restore it"
+                f"{position}: it was made anew. Start with another KAFKA_TOPIC_PREFIX and database, or restore it"
             )
         writer = Writer(
             self._settings,
@@ -95,9 +95,7 @@ class Hasher:
         partition = self._partitions[batch.tp]
         read = read_batch(batch.records, inline_max_bytes=self._settings.content_inline_max_bytes)
         fetched = await self._hasher.digest([item.event.uri for item in read if item.wanted and item.event])
-        stamps, letters = stamp_batch(
-            read, fetched, previous_offset=partition.previous_offset, now=datetime.now(UTC)
-        )
+        stamps, letters = stamp_batch(read, fetched, previous_offset=partition.previous_offset, now=datetime.now(UTC))
         hashed = time.perf_counter()
         await partition.writer.write({self._stamps: stamps, self._letters: letters}, {batch.tp: batch.next_offset})
         partition.previous_offset = batch.records[-1].offset
@@ -126,7 +124,7 @@ def create_app(settings: Settings, *, transactions: bool) -> RoleApp:
     app = RoleApp(APP_ID, settings, hasher, transactions=transactions)
 
     @app.agent(app.batches(FILE_EVENTS), name="hasher")
-    async def hash_events(batches):  # type: ignore[no-untyped-def]
+    async def hash_events(batches: StreamT[Batch]) -> None:
         async for batch in batches:
             batch.start(hasher.process)
 

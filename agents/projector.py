@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from faust.types import TP
+from faust.types import TP, StreamT
 
 from agents.standalone import run_role
 from pipeline.app import RoleApp
@@ -109,7 +109,7 @@ def create_app(settings: Settings, manager: PostgresConnectionManager, *, transa
     app = RoleApp(APP_ID, settings, projector, transactions=transactions)
 
     @app.agent(app.batches(FILES_CHANGELOG), name="projector")
-    async def project_changes(batches):  # type: ignore[no-untyped-def]
+    async def project_changes(batches: StreamT[Batch]) -> None:
         async for batch in batches:
             batch.start(projector.process)
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final
 
-from faust.types import TP
+from faust.types import TP, StreamT
 
 from agents.standalone import run_role
 from pipeline.app import RoleApp
@@ -183,7 +183,7 @@ def create_app(settings: Settings, *, transactions: bool) -> RoleApp:
     reducer.store = table.batch_store
 
     @app.agent(app.batches(FILE_STAMPS), name="reducer")
-    async def reduce_stamps(batches):  # type: ignore[no-untyped-def]
+    async def reduce_stamps(batches: StreamT[Batch]) -> None:
         async for batch in batches:
             batch.start(reducer.process)
 

@@ -37,7 +37,7 @@ class LaneRecovery(Recovery):
     @Service.task
     async def _restart_recovery(self) -> None:
         while not self.should_stop:
-            if await self.wait_for_stopped(self.signal_recovery_start):
+            if await self.wait_for_stopped(self.signal_recovery_start.wait()):
                 return
             self.signal_recovery_start.clear()
             try:
@@ -113,8 +113,9 @@ class RoleApp(faust.App):
             web_host="127.0.0.1",
             web_port=web_port or 6066,
             # Faust's assignor asserts that it gets its own url back, so every process needs one of its own.
-            canonical_url=f"http://127.0.0.1:{web_port}" if web_port else f"http://{socket.gethostname()}-{os.getpid()}:1",
-
+            canonical_url=f"http://127.0.0.1:{web_port}"
+            if web_port
+            else f"http://{socket.gethostname()}-{os.getpid()}:1",
         )
 
     async def on_first_start(self) -> None:

@@ -38,8 +38,11 @@ async def follow(root: Path, producer: EventSink, *, pause_seconds: float = PAUS
 def compare(known: dict[str, Found], seen: dict[str, Found]) -> list[FileEvent]:
     """Return the events that lead from what was known to what is seen."""
     now = datetime.now(UTC)
-    events = [_event("created" if path not in known else "modified", found, now)
-              for path, found in seen.items() if known.get(path) != found]
+    events = [
+        _event("created" if path not in known else "modified", found, now)
+        for path, found in seen.items()
+        if known.get(path) != found
+    ]
     events += [_event("deleted", known[path], now) for path in known.keys() - seen.keys()]
     return events
 

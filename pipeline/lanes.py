@@ -89,11 +89,12 @@ class Batch:
 class _Deliverer(Protocol):
     """What lanes need of the consumer."""
 
-    thread: Any
+    @property
+    def thread(self) -> Any: ...
 
     async def deliver(self, batch: Batch) -> None: ...
 
-    async def seek_wait(self, partitions: Mapping[TP, int]) -> None: ...
+    async def start_at(self, tp: TP, offset: int) -> int: ...
 
 
 class Lane:
@@ -107,6 +108,7 @@ class Lane:
         self._consumer = consumer
         self._settings = settings
         self._open = False
+        self._start = 0
         self._pending: list[Any] = []
         self._pending_bytes = 0
         self._arrived = asyncio.Event()
@@ -129,9 +131,9 @@ class Lane:
             and len(self._pending) < self._settings.batch_records_max
         )
 
-    def offer(self, records: Sequence[Any]) -> None:
-        """Take fetched records; a closed lane drops them, since it will seek when it opens."""
-        if self._open:
+    def offer(self, start: int, records: Sequence[Any]) -> None:
+        """Take fetched records, unless they were fetched before this lane's own start; that one brings them again."""
+        if self._open and start == self._start:
             self._pending.extend(records)
             self._pending_bytes += sum(len(record.value or b"") + len(record.key or b"") for record in records)
             self._arrived.set()
@@ -147,7 +149,7 @@ class Lane:
         while not self._stopping:
             try:
                 position = await self._role.open(self.tp, self._consumer)
-                await self._consumer.seek_wait({self.tp: position})
+                self._start = await self._consumer.start_at(self.tp, position)
                 self._pending.clear()
                 self._pending_bytes = 0
                 self._lost = False
@@ -240,13 +242,14 @@ class Lanes:
         """Start a lane for each of these partitions; what belongs to others is forgotten."""
         self._role.retain(tps)
         self._assigned = True
+        log.info("partitions_assigned", partitions=sorted(tp.partition for tp in tps))
         for tp in sorted(tps):
             self._lanes[tp] = Lane(tp, self._role, self._consumer, self._settings)
 
-    def offer(self, tp: TP, records: Sequence[Any]) -> None:
-        """Hand fetched records to the lane of their partition."""
+    def offer(self, tp: TP, start: int, records: Sequence[Any]) -> None:
+        """Hand fetched records to the lane of their partition, with the start of it that they were fetched after."""
         if tp in self._lanes:
-            self._lanes[tp].offer(records)
+            self._lanes[tp].offer(start, records)
 
     def lose_position(self, tp: TP) -> None:
         """Tell a lane that the log does not hold its position."""
@@ -284,12 +287,12 @@ class _WithRoom:
     def __init__(self, lanes: Mapping[TP, Lane]) -> None:
         self._lanes = lanes
 
-    def __contains__(self, tp: TP) -> bool:
-        lane = self._lanes.get(tp)
+    def __contains__(self, tp: object) -> bool:
+        lane = self._lanes.get(tp)  # type: ignore[call-overload] # fetchers ask for nothing but partitions
         return lane is not None and lane.has_room
 
 
 async def _pause(attempt: int) -> None:
     """Wait with full jitter before trying again."""
     most = min(_BACKOFF_CAP_SECONDS, _BACKOFF_BASE_SECONDS * 2**attempt)
-    await asyncio.sleep(random.uniform(_BACKOFF_BASE_SECONDS / 2, most))  # noqa: S311 (not a secret)
+    await asyncio.sleep(random.uniform(_BACKOFF_BASE_SECONDS / 2, most))

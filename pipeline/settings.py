@@ -92,8 +92,6 @@ class Settings(BaseSettings):
     dedup_event_ids_max: int = Field(8, ge=0, le=1000, description="event ids remembered for each file")
     dedup_window_seconds: int = Field(6 * 3600, ge=0, description="how long an event id is remembered, in s")
 
-    table_store: Literal["memory"] = Field("memory", description="where table state is kept")
-
     # A list would be read as JSON by pydantic-settings; the promise is a path like $PATH.
     allowed_roots: Annotated[tuple[Path, ...], NoDecode] = Field(
         (), description="colon-separated folders that file:// content may come from; empty = none"
@@ -102,7 +100,6 @@ class Settings(BaseSettings):
     content_fetch_timeout_seconds: float = Field(300, gt=0, description="longest a content may take to read, in s")
     hash_generator_pool_size: int = Field(50, ge=1, le=1000, description="most hash jobs under way at once")
 
-    metrics_port: Port = Field(9090, description="Prometheus endpoint of each process; 0 = off")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="least level that is logged")
     log_format: Literal["auto", "console", "json"] = Field(
         "auto", description="auto = console on a terminal, else JSON"

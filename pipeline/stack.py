@@ -70,10 +70,9 @@ async def run_stack(
     own_database = not given & _DATABASE_FIELDS
     overrides: dict[str, object] = {}
     if path is not None:
-        overrides["allowed_roots"] = (*asked.allowed_roots, path.resolve())
+        overrides["allowed_roots"] = (*asked.allowed_roots, path)
     if quiet and "log_level" not in given:
         overrides["log_level"] = "WARNING"
-    services: Services | None = None
     with run_services(broker=own_broker, database=own_database, data=data, say=say) as services:
         if own_broker is not None:
             overrides["kafka_bootstrap_servers"] = services.kafka_bootstrap_servers

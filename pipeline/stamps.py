@@ -39,18 +39,17 @@ def read_batch(records: Sequence[Any], *, inline_max_bytes: int) -> list[ReadRec
 def _read(record: Any, inline_max_bytes: int) -> ReadRecord:
     try:
         event = decode_event(record.key, record.value)
-        content = event.content
-        if event.op in {"deleted", "moved"}:
-            return ReadRecord(record, event, None, wanted=False)
-        if content is None:
-            return ReadRecord(record, event, None, wanted=True)
-        if len(content) > inline_max_bytes:
-            raise InputRejected(
-                "too_large", f"the content has {len(content)} bytes, the most inline is {inline_max_bytes}"
-            )
-        return ReadRecord(record, event, digest_inline(content), wanted=False)
     except InputRejected as exc:
         return ReadRecord(record, None, exc, wanted=False)
+    content = event.content
+    if event.op in {"deleted", "moved"}:
+        return ReadRecord(record, event, None, wanted=False)
+    if content is None:
+        return ReadRecord(record, event, None, wanted=True)
+    if len(content) > inline_max_bytes:
+        fault = InputRejected("too_large", f"{len(content)} bytes of content, the most inline is {inline_max_bytes}")
+        return ReadRecord(record, event, fault, wanted=False)
+    return ReadRecord(record, event, digest_inline(content), wanted=False)
 
 
 def stamp_batch(
@@ -73,9 +72,7 @@ def stamp_batch(
             assert isinstance(finding, InputRejected)
             stamp = _rejected(record, event, finding, previous_offset, now)
             letters.append(
-                dead_letter(
-                    record, reason=finding.reason, error=finding.detail, attempts=_attempt(record) + 1, now=now
-                )
+                dead_letter(record, reason=finding.reason, error=finding.detail, attempts=_attempt(record) + 1, now=now)
             )
         else:
             stamp = _accepted(record, event, finding, previous_offset, now)
@@ -129,8 +126,9 @@ def _rejected(
 
 def _attempt(record: Any) -> int:
     for name, value in record.headers:
-        if name == ATTEMPT_HEADER and value.isdigit():
-            return min(int(value), 2**31)
+        # A header's value may be null, and Python refuses to read a number of thousands of digits.
+        if name == ATTEMPT_HEADER and value and value.isdigit():
+            return int(value[:9])
     return 0
 
 

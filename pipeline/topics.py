@@ -161,7 +161,10 @@ async def check_topics(settings: Settings) -> list[TopicCheck]:
         policies = await _cleanup_policies(client, [name for name in names if name in described])
     counts = {name: len(topic["partitions"]) for name, topic in described.items()}
     wanted = counts.get(topic_name(settings, FILE_EVENTS), settings.kafka_topic_partitions)
-    return [_check(spec, name, counts.get(name), wanted, policies.get(name)) for spec, name in zip(TOPICS, names, strict=True)]
+    return [
+        _check(spec, name, counts.get(name), wanted, policies.get(name))
+        for spec, name in zip(TOPICS, names, strict=True)
+    ]
 
 
 def _check(spec: TopicSpec, name: str, partitions: int | None, wanted: int, policy: str | None) -> TopicCheck:

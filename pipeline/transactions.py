@@ -97,9 +97,7 @@ class Writer:
         """Disconnect. What was not committed is aborted by the broker."""
         await self._producer.stop()
 
-    async def write(
-        self, outputs: Mapping[str, Sequence[Record]], offsets: Mapping[TP, int]
-    ) -> dict[str, int]:
+    async def write(self, outputs: Mapping[str, Sequence[Record]], offsets: Mapping[TP, int]) -> dict[str, int]:
         """Write the outputs of one batch and commit its input offsets; return the next offset of each topic written.
 
         Raises:
@@ -183,13 +181,13 @@ class Writer:
 
 class _Delivery(NamedTuple):
     topic: str
-    count: int
+    records: int
     metadata: asyncio.Future[RecordMetadata]
 
     def next_offset(self) -> int:
         """The offset after the last record of the batch; the batch must have been delivered."""
         base_offset: int = self.metadata.result().offset
-        return base_offset + self.count
+        return base_offset + self.records
 
 
 def _next_offsets(deliveries: Sequence[_Delivery]) -> dict[str, int]:

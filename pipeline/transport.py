@@ -17,7 +17,8 @@ A lane's failure is its own: the other partitions go on.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections import Counter
+from collections.abc import Awaitable, Callable, Container, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, cast
 
 import faust
@@ -72,13 +73,21 @@ class LogRange(NamedTuple):
         return self.end is not None and position > self.end
 
 
-class BatchSchema(faust.Schema):
+class Fetched(NamedTuple):
+    """Records of one partition, and after which start of it they were fetched."""
+
+    tp: TP
+    start: int
+    records: Sequence[Any]
+
+
+class BatchSchema(faust.Schema[Any, Any]):
     """Passes a batch through as the value of a Faust event: decoding is the agent's business."""
 
-    def compile(self, app: Any, **_options: Any) -> Callable[..., Awaitable[Any]]:  # noqa: A003 (Faust's name)
+    def compile(self, app: Any, **_options: Any) -> Callable[..., Awaitable[Any]]:
         """Return the function that makes an event of a message."""
 
-        async def decode(message: Any, *, propagate: bool = False) -> Any:
+        async def decode(message: Any, **_options: Any) -> Any:
             return app.create_event(None, message.value, message.headers, message)
 
         return decode
@@ -87,9 +96,18 @@ class BatchSchema(faust.Schema):
 class BatchConsumerThread(driver.AIOKafkaConsumerThread):
     """Faust's consumer thread with a consumer of our own making."""
 
-    def _create_worker_consumer(self, transport: Any) -> AIOKafkaConsumer:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._starts: Counter[TP] = Counter()
+
+    @property
+    def batch_app(self) -> BatchApp:
+        """The app, as what it is."""
+        return cast("BatchApp", self.consumer.app)
+
+    def _create_worker_consumer(self, _transport: Any) -> AIOKafkaConsumer:
         app = self.consumer.app
-        settings: Settings = app.settings
+        settings = self.batch_app.settings
         session_ms = settings.kafka_session_timeout_ms
         return AIOKafkaConsumer(
             **kafka_options(settings),
@@ -110,15 +128,41 @@ class BatchConsumerThread(driver.AIOKafkaConsumerThread):
 
     async def on_start(self) -> None:
         """Start the consumer."""
-        with kafka_errors(self.consumer.app.settings):
+        with kafka_errors(self.batch_app.settings):
             await super().on_start()
         # With a pause here, one partition whose lane is busy would hold up the fetches of all others.
         self._ensure_consumer()._fetcher._prefetch_backoff = 0  # noqa: SLF001
 
+    async def start_at(self, tp: TP, offset: int) -> int:
+        """Seek, and return the number of this start: only records with this number were fetched after it."""
+        return cast("int", await self.call_thread(self._start_at, tp, offset))
+
+    async def _start_at(self, tp: TP, offset: int) -> int:
+        self._ensure_consumer().seek(TopicPartition(*tp), offset)
+        self._starts[tp] += 1
+        return self._starts[tp]
+
+    async def fetch(self, partitions: Container[TP]) -> list[Fetched]:
+        """Take what was fetched of these partitions; wait a while for a first record."""
+        return cast("list[Fetched]", await self.call_thread(self._fetch, partitions))
+
+    async def _fetch(self, partitions: Container[TP]) -> list[Fetched]:
+        consumer = self._ensure_consumer()
+        records = await self._fetch_records(
+            consumer,
+            cast("set[TP]", partitions),
+            timeout=_POLL_SECONDS,
+            max_records=self.batch_app.settings.batch_records_max,
+        )
+        # Nothing was awaited since the records were taken, so no seek can have come between.
+        return [Fetched(TP(*tp), self._starts[TP(*tp)], taken) for tp, taken in records.items()]
+
     async def commit_offsets(self, offsets: Mapping[TP, int]) -> None:
         """Commit positions as a plain consumer, for hops without a transaction."""
         consumer = self._ensure_consumer()
-        await self.call_thread(consumer.commit, {TopicPartition(*tp): OffsetAndMetadata(at, "") for tp, at in offsets.items()})
+        # Faust's TP is not the tuple that aiokafka asks for.
+        positions = {TopicPartition(*tp): OffsetAndMetadata(offset, "") for tp, offset in offsets.items()}
+        await self.call_thread(consumer.commit, positions)
 
     async def log_range(self, tp: TP) -> LogRange:
         """Return what the log of a partition holds, and what this group has committed of it."""
@@ -128,7 +172,7 @@ class BatchConsumerThread(driver.AIOKafkaConsumerThread):
         consumer = self._ensure_consumer()
         begin = (await consumer.beginning_offsets([tp]))[tp]
         end: int | None = (await consumer.end_offsets([tp]))[tp]
-        if end and not self.consumer.app.transactions:
+        if end and not self.batch_app.transactions:
             end = None  # The embedded broker tells the base of its last batch; only 0 can be believed.
         return LogRange(begin, end, await consumer.committed(tp))
 
@@ -152,7 +196,8 @@ class BatchConsumer(driver.Consumer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.lanes = Lanes(self.app.role, self, self.app.settings)
+        app = self.thread.batch_app
+        self.lanes = Lanes(app.role, self, app.settings)
 
     def _new_consumer_thread(self) -> BatchConsumerThread:
         return BatchConsumerThread(self, loop=self.loop, beacon=self.beacon)
@@ -166,27 +211,28 @@ class BatchConsumer(driver.Consumer):
         try:
             while not (self.should_stop or fetcher.should_stop):
                 if not self.flow_active:
-                    await self.wait(self.can_resume_flow)
+                    await self.wait(self.can_resume_flow.wait())
                     continue
-                generation = self.app.consumer_generation_id
-                for tp, records in (await self._fetch()).items():
-                    # After a rebalance the lanes are others, and have their own positions.
-                    if self.flow_active and generation == self.app.consumer_generation_id:
-                        self.lanes.offer(tp, records)
+                for tp, start, records in await self._fetch():
+                    self.lanes.offer(tp, start, records)
         except ConsumerStoppedError:
             if not self.app.should_stop:
                 raise
 
-    async def _fetch(self) -> Mapping[TP, list[Any]]:
+    async def _fetch(self) -> Sequence[Fetched]:
         try:
-            return cast("Mapping[TP, list[Any]]", await self.thread.getmany(self.lanes.with_room, _POLL_SECONDS))
+            return await self.thread.fetch(self.lanes.with_room)
         except NoOffsetForPartitionError:
             # aiokafka looked for a committed offset before the lane had told its own position.
-            return {}
+            return ()
         except OffsetOutOfRangeError as exc:
             for tp in exc.args[0]:
                 self.lanes.lose_position(tp)
-            return {}
+            return ()
+
+    async def start_at(self, tp: TP, offset: int) -> int:
+        """Seek, and return the number of this start; what was fetched before it comes with another number."""
+        return await self.thread.start_at(tp, offset)
 
     async def deliver(self, batch: Batch) -> None:
         """Send a batch through Faust to the agent."""
@@ -198,9 +244,9 @@ class BatchConsumer(driver.Consumer):
                 last.offset,
                 last.timestamp / 1000.0,
                 last.timestamp_type,
-                (),
+                [],
                 None,
-                batch,
+                cast("bytes", batch),
                 None,
                 tp=batch.tp,
                 generation_id=self.app.consumer_generation_id,
@@ -213,7 +259,7 @@ class BatchConsumer(driver.Consumer):
         Raises:
             ServiceUnavailable: Kafka does not answer.
         """
-        with kafka_errors(self.app.settings, topic=tp.topic):
+        with kafka_errors(self.thread.batch_app.settings, topic=tp.topic):
             return await self.thread.log_range(tp)
 
     async def commit_offsets(self, offsets: Mapping[TP, int]) -> None:

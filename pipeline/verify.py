@@ -51,8 +51,8 @@ class _Projected:
     """One partition as PostgreSQL shows it."""
 
     feed_offset: int
-    files: Sequence[Mapping[str, Any]]
-    history: Sequence[Mapping[str, Any]]
+    files: Sequence[Any]
+    history: Sequence[Any]
 
 
 async def verify(settings: Settings) -> list[PartitionReport]:
@@ -96,7 +96,7 @@ async def _verify(settings: Settings, partition: int, projected: _Projected) -> 
         partition=partition,
         inputs=len(inputs),
         pending=pending,
-        outcomes=progress.outcomes,
+        outcomes={name: progress.outcomes.get(name, 0) for name in OUTCOMES},
         repeats=progress.repeats,
         strays=progress.strays,
         files=len(projected.files),
@@ -145,7 +145,7 @@ def _check_inputs(progress: Progress, inputs: set[int], first_offset: int) -> li
 
 
 def _check_history(
-    progress: Progress, inputs: set[int], letters: set[int], history: Sequence[Mapping[str, Any]], first_offset: int
+    progress: Progress, inputs: set[int], letters: set[int], history: Sequence[Any], first_offset: int
 ) -> list[str]:
     faults = []
     offsets = Counter(row["input_offset"] for row in history)
@@ -190,7 +190,7 @@ def _check_files(states: Mapping[str, FileState], projected: _Projected) -> list
     return faults
 
 
-def _same(state: FileState, row: Mapping[str, Any]) -> bool:
+def _same(state: FileState, row: Any) -> bool:
     return (state.version, state.digest, state.size, state.deleted, state.input_offset) == (
         row["version"],
         row["digest"],

@@ -155,7 +155,7 @@ def fold(
         rules: the reducer's bounds.
     """
     before = progress or _NOTHING_YET
-    last_offset = before.next_input_offset - 1 if progress is not None else None
+    last_offset = before.next_input_offset - 1 if before.next_input_offset >= 0 else None
     outcomes = dict.fromkeys(OUTCOMES, 0) | before.outcomes
     dropped = {"repeat": before.repeats, "stray": before.strays, "gap": before.gaps, "take": 0}
     states: dict[bytes, FileState | None] = {}
@@ -214,7 +214,7 @@ def backoff_ms(event_id: str, attempt: int, rules: Rules) -> float:
     Full jitter as in "Exponential Backoff And Jitter" (AWS Architecture Blog, 2015), with a least pause.
     """
     most = min(rules.backoff_cap_ms, rules.backoff_base_ms * 2**attempt)
-    return random.Random(f"{event_id}/{attempt}").uniform(rules.backoff_base_ms, most)  # noqa: S311 (not a secret)
+    return random.Random(f"{event_id}/{attempt}").uniform(rules.backoff_base_ms, most)
 
 
 def _change(state: FileState | None, stamp: Stamp, reduced: Reduced) -> Change:
@@ -257,9 +257,7 @@ def _seen(state: FileState, event_id: str | None, oldest_ms: int) -> bool:
     return any(seen_id == event_id and seen_ms >= oldest_ms for seen_id, seen_ms in state.recent)
 
 
-def _remember(
-    state: FileState | None, stamp: Stamp, now_ms: int, rules: Rules
-) -> tuple[tuple[str, int], ...]:
+def _remember(state: FileState | None, stamp: Stamp, now_ms: int, rules: Rules) -> tuple[tuple[str, int], ...]:
     if not rules.dedup_ids_max:
         return ()
     assert stamp.event_id is not None

@@ -37,7 +37,7 @@ class PartitionStore:
         self.position = position
 
 
-class BatchStore(SerializedStore):
+class BatchStore(SerializedStore[Any, Any]):
     """All partitions of a table in this process, as the store that Faust looks into."""
 
     def __post_init__(self) -> None:
@@ -54,7 +54,9 @@ class BatchStore(SerializedStore):
             del self.partitions[number]
 
     def _get(self, key: bytes) -> bytes | None:
-        return next((store.values[key] for store in self.partitions.values() if key in store.values), None)
+        # A rejected input with the wrong key may have left its uri in a partition that is not the file's.
+        values = [store.values[key] for store in self.partitions.values() if key in store.values]
+        return max(values, key=lambda value: decode_change(value).state is not None, default=None)
 
     def _set(self, key: bytes, value: bytes | None) -> NoReturn:
         raise TypeError("a table changes only through its reducer, a batch at a time")
@@ -124,7 +126,7 @@ class BatchStore(SerializedStore):
         self.partitions.clear()
 
 
-class BatchTable(faust.Table):
+class BatchTable(faust.Table[bytes, bytes]):
     """A Faust table over a `BatchStore`."""
 
     def _new_store(self) -> BatchStore:

@@ -118,7 +118,6 @@ def make_settings(services: SharedServices, database: str, topic_prefix: str) ->
             "kafka_bootstrap_servers": services.kafka_bootstrap_servers,
             "postgres_dsn": database,
             "kafka_topic_prefix": topic_prefix,
-            "metrics_port": 0,
             "database_pool_min_size": 1,
             "database_pool_max_size": 5,
         }

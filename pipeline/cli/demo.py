@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from pipeline.cli.output import print_json, print_table, talk
 from pipeline.cli.scan import scan_paths
-from pipeline.cli.up import show_where_to_look, stack_options
+from pipeline.cli.up import folder_argument, show_where_to_look, stack_options
 from pipeline.errors import StamplineError
 from pipeline.postgres import PostgresConnectionManager
 from pipeline.settings import Settings
@@ -32,7 +32,7 @@ _GROUPS_SHOWN: Final = 10
 
 
 @click.command("demo")
-@click.argument("path", required=False, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@folder_argument
 @click.option("--once", is_flag=True, help="Exit when the result is printed, instead of staying up.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 @click.option("--no-progress", is_flag=True, help="No progress bar.")
@@ -118,9 +118,7 @@ async def _verify(settings: Settings) -> str | None:
     return "; ".join(faults) or None
 
 
-async def _wait_until_visible(
-    manager: PostgresConnectionManager, wanted: Mapping[int, int], *, progress: bool
-) -> None:
+async def _wait_until_visible(manager: PostgresConnectionManager, wanted: Mapping[int, int], *, progress: bool) -> None:
     """Return once the watermark of each partition has reached the offset wanted.
 
     Raises:
@@ -128,8 +126,13 @@ async def _wait_until_visible(
     """
     console = Console(stderr=True)
     with Progress(
-        TextColumn("becoming visible"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-        console=console, disable=not (progress and console.is_terminal), transient=True,
+        TextColumn("becoming visible"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not (progress and console.is_terminal),
+        transient=True,
     ) as bar:
         task = bar.add_task("", total=sum(wanted.values()))
         moved_at, visible = time.monotonic(), -1

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +11,13 @@ import click
 
 from pipeline.cli.output import talk
 from pipeline.client import EventProducer
-from pipeline.errors import StamplineError
 from pipeline.follow import follow
 from pipeline.stack import Stack, run_stack
 from pipeline.worker import stop_signal, until
+
+folder_argument = click.argument(
+    "path", required=False, type=click.Path(exists=True, file_okay=False, resolve_path=True, path_type=Path)
+)
 
 
 def stack_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -37,7 +38,7 @@ def stack_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @click.command("up")
-@click.argument("path", required=False, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@folder_argument
 @stack_options
 def command(path: Path | None, broker: Any, data: Path | None) -> None:
     """Start broker and database, make topics and tables, run all roles, and follow PATH if it is given.

@@ -1,0 +1,1 @@
+"""`stampline bench`: measures the chain beside the limit of this machine, on equal events in the same services."""
