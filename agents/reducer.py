@@ -22,7 +22,7 @@ from typing import Final
 from faust.types import TP, StreamT
 
 from agents.standalone import run_role
-from pipeline.app import RoleApp
+from pipeline.app import RoleApp, bind_web_socket
 from pipeline.errors import PositionLost
 from pipeline.events import ATTEMPT_HEADER, PROGRESS_KEY, Stamp, decode_stamp, encode_record
 from pipeline.lanes import Batch
@@ -175,9 +175,9 @@ def _position(tp: TP, log_range: LogRange, store: PartitionStore) -> int:
 
 
 def create_app(settings: Settings, *, transactions: bool) -> RoleApp:
-    """Return the reducer's Faust app, with its table."""
+    """Return the reducer's Faust app, with its table and a web view on it."""
     reducer = Reducer(settings, transactions=transactions)
-    app = RoleApp(APP_ID, settings, reducer, transactions=transactions)
+    app = RoleApp(APP_ID, settings, reducer, transactions=transactions, web_socket=bind_web_socket())
     table = BatchTable(app, name=TABLE, key_type=bytes, value_type=bytes, partitions=settings.kafka_topic_partitions)
     app.tables.add(table)
     reducer.store = table.batch_store

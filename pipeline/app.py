@@ -10,22 +10,31 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterable
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, cast
 
 import faust
+from aiohttp.web import BaseSite, SockSite
 from faust.app.base import BootStrategy
+from faust.app.router import Router
 from faust.tables.manager import TableManager
 from faust.tables.recovery import RebalanceAgain, Recovery, ServiceStopped
 from faust.transport.drivers import TRANSPORTS
+from faust.types import TP
+from faust.web.drivers.aiohttp import Web
 from mode import Service
+from yarl import URL
 
-from pipeline.errors import StamplineError
+from pipeline.errors import ServiceUnavailable, StamplineError
+from pipeline.kafka import partition_for
 from pipeline.lanes import Role
 from pipeline.settings import Settings
 from pipeline.topics import topic_name
 from pipeline.transport import BatchConsumer, BatchSchema
 
 TRANSPORTS.aliases["batch"] = "pipeline.transport:Transport"
+
+#: Where the web views of nodes begin to look for a free port.
+_WEB_PORT: Final = 6066
 
 #: Faust reads settings from variables with this prefix; nobody sets them.
 _ENV_PREFIX: Final = "STAMPLINE_FAUST_"
@@ -72,6 +81,26 @@ class LaneTableManager(TableManager):
         await self.recovery.start()
 
 
+class KeyRouter(Router):
+    """Finds the node of a key as the producers found its partition; Faust would ask its own producer."""
+
+    def key_store(self, table_name: str, key: Any) -> URL:
+        """Return the web address of the node that holds a key."""
+        topic = self._get_table_topic(self._get_table(table_name))
+        urls = self._assignor._tps_url  # type: ignore[attr-defined]  # noqa: SLF001 - Faust has no public way
+        partitions = sum(tp.topic == topic for tp in urls)
+        return URL(urls[TP(topic, partition_for(str(key).encode(), max(1, partitions)))])
+
+
+class SocketWeb(Web):
+    """Faust's web view on a socket that is bound already, so that no other process can take its port meanwhile."""
+
+    def _new_transport_tcp(self) -> BaseSite:
+        web_socket = cast("RoleApp", self.app).web_socket
+        assert web_socket is not None
+        return SockSite(self._runner, web_socket)
+
+
 class ConsumerOnly(BootStrategy):
     """Starts neither Faust's producer, its leader election nor its reply consumer."""
 
@@ -88,8 +117,11 @@ class RoleApp(faust.App):
     BootStrategy: ClassVar[Any] = ConsumerOnly
 
     def __init__(
-        self, name: str, settings: Settings, role: Role, *, transactions: bool, web_port: int | None = None
+        self, name: str, settings: Settings, role: Role, *, transactions: bool, web_socket: socket.socket | None = None
     ) -> None:
+        self.web_socket = web_socket
+        web_port = web_socket.getsockname()[1] if web_socket is not None else _WEB_PORT
+        node = f"127.0.0.1:{web_port}" if web_socket is not None else f"{socket.gethostname()}-{os.getpid()}:1"
         self.settings = settings
         self.role = role
         self.transactions = transactions
@@ -99,6 +131,7 @@ class RoleApp(faust.App):
             env_prefix=_ENV_PREFIX,
             broker=f"batch://{settings.kafka_bootstrap_servers.split(',')[0]}",
             TableManager=LaneTableManager,
+            Router=KeyRouter,
             broker_session_timeout=session_seconds,
             broker_heartbeat_interval=session_seconds / 4,
             broker_request_timeout=settings.kafka_request_timeout_ms / 1000,
@@ -108,15 +141,16 @@ class RoleApp(faust.App):
             topic_disable_leader=True,
             topic_partitions=settings.kafka_topic_partitions,
             table_standby_replicas=0,
-            web_enabled=web_port is not None,
+            web_enabled=web_socket is not None,
             web_bind="127.0.0.1",
             web_host="127.0.0.1",
-            web_port=web_port or 6066,
+            web_port=web_port,
             # Faust's assignor asserts that it gets its own url back, so every process needs one of its own.
-            canonical_url=f"http://127.0.0.1:{web_port}"
-            if web_port
-            else f"http://{socket.gethostname()}-{os.getpid()}:1",
+            canonical_url=f"http://{node}",
         )
+
+    def _new_web(self) -> Web:
+        return SocketWeb(self)
 
     async def on_first_start(self) -> None:
         """Make no data folders: nothing of ours is in them."""
@@ -151,3 +185,22 @@ class RoleApp(faust.App):
             if task is not None and task.done() and not self.should_stop:
                 return (not task.cancelled() and task.exception()) or StamplineError("one of its tasks has ended")
         return None
+
+
+def bind_web_socket() -> socket.socket:
+    """Bind the first free port of loopback from Faust's default on, for a node's web view.
+
+    Raises:
+        ServiceUnavailable: there is none.
+    """
+    for port in range(_WEB_PORT, 2**16):
+        web_socket = socket.socket()
+        web_socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            web_socket.bind(("127.0.0.1", port))
+            web_socket.listen()
+        except OSError:
+            web_socket.close()
+        else:
+            return web_socket
+    raise ServiceUnavailable(f"no port from {_WEB_PORT} on is free on 127.0.0.1")

@@ -116,10 +116,11 @@ def translated(exc: Exception, settings: Settings, *, topic: str | None = None) 
     if isinstance(exc, (driver.MessageSizeTooLargeError, driver.RecordListTooLargeError)):
         return InputRejected("too_large", f"{place} takes no record of this size: {_said(exc)}")
     if isinstance(exc, (TimeoutError, driver.KafkaTimeoutError, driver.RequestTimedOutError)):
-        return ServiceUnavailable(f"{place} does not answer: no reply in time; run `stampline doctor`")
+        return ServiceUnavailable(
+            f"{place} does not answer: no reply in time; check that its advertised listeners can be reached from here"
+        )
     if isinstance(exc, driver.KafkaConnectionError):
-        hint = "nothing answers as a broker there; check KAFKA_BOOTSTRAP_SERVERS or run `stampline doctor`"
-        return ServiceUnavailable(f"{place} does not answer: {hint}")
+        return ServiceUnavailable(f"{place} does not answer: start it, or set KAFKA_BOOTSTRAP_SERVERS")
     return ServiceUnavailable(f"{place} does not answer: {_said(exc)}")
 
 

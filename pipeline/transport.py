@@ -123,7 +123,8 @@ class BatchConsumerThread(driver.AIOKafkaConsumerThread):
             fetch_max_wait_ms=_FETCH_WAIT_MS,
             session_timeout_ms=session_ms,
             heartbeat_interval_ms=session_ms // 4,
-            rebalance_timeout_ms=max(session_ms, 2 * settings.revoke_timeout_ms),
+            # The embedded broker lets a first member wait for half of this, whatever comes.
+            rebalance_timeout_ms=2 * settings.revoke_timeout_ms + (session_ms if self.batch_app.transactions else 0),
         )
 
     async def on_start(self) -> None:

@@ -46,6 +46,11 @@ class Node:
         """Return what each partition of each role is doing."""
         return {role: app.batch_consumer.lanes.status() for role, app in self._apps.items()}
 
+    @property
+    def web_urls(self) -> list[str]:
+        """Where Faust's web view shows the tables of this process."""
+        return [f"{app.conf.canonical_url}/table/" for app in self._apps.values() if app.conf.web_enabled]
+
     async def wait_until_ready(self) -> None:
         """Return once the node is ready.
 
@@ -109,7 +114,8 @@ async def run_node(settings: Settings, roles: Sequence[str], *, transactions: bo
                 apps[role] = projector.create_app(settings, manager, transactions=transactions)
         for app in apps.values():
             stack.push_async_callback(app.stop)
-            await app.start()
+        # Together: each waits for its group to come together.
+        await asyncio.gather(*(app.start() for app in apps.values()))
         log.info("node_started", roles=list(roles), transactions=transactions)
         yield Node(apps)
     log.info("node_stopped", roles=list(roles))

@@ -22,7 +22,7 @@ def agree(partition: int, feed_offsets: Mapping[str, int]) -> int:
     """Return the feed offset at which all projections of `partition` stand.
 
     Raises:
-        PositionLost: they stand apart; the message names them and the command that helps.
+        PositionLost: they stand apart; the message names them and what helps.
     """
     assert feed_offsets.keys() == set(PROJECTIONS)
     if len(set(feed_offsets.values())) == 1:
@@ -32,5 +32,6 @@ def agree(partition: int, feed_offsets: Mapping[str, int]) -> int:
     stands = ", ".join(f"{name} at {offset}" for name, offset in sorted(feed_offsets.items()))
     raise PositionLost(
         f"the projections of partition {partition} stand apart ({stands}): "
-        f"run `stampline projections rebuild {' '.join(behind)}`"
+        f"{', '.join(behind)} was changed by hand or restored alone; restore the whole database, "
+        "or project into an empty one (POSTGRES_DB)"
     )

@@ -67,4 +67,6 @@ def show_where_to_look(stack: Stack) -> None:
     talk(f"database:  {settings.postgres_place}")
     if settings.postgres_dsn is not None and "password" not in settings.postgres_url:
         talk(f"look:      psql '{settings.postgres_url}' -c 'TABLE files LIMIT 10'")
+    for url in stack.node.web_urls:
+        talk(f"web:       {url} (Faust's view on the tables of this process)")
     talk("stop:      Ctrl-C")
