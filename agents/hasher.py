@@ -97,7 +97,7 @@ class Hasher:
         fetched = await self._hasher.digest([item.event.uri for item in read if item.wanted and item.event])
         stamps, letters = stamp_batch(read, fetched, previous_offset=partition.previous_offset, now=datetime.now(UTC))
         hashed = time.perf_counter()
-        await partition.writer.write({self._stamps: stamps, self._letters: letters}, {batch.tp: batch.next_offset})
+        await partition.writer.write({self._letters: letters, self._stamps: stamps}, {batch.tp: batch.next_offset})
         partition.previous_offset = batch.records[-1].offset
         log.info(
             "hash_generated",

@@ -103,23 +103,29 @@ class Reducer:
         now = datetime.now(UTC)
         next_offsets = await partition.writer.write(
             {
-                self._changelog: [
-                    *(Record(key, value) for key, value in folded.changes),
-                    Record(PROGRESS_KEY, encode_record(folded.progress)),
-                ],
                 topic_name(self._settings, RETRY): [self._sent_in_again(stamp) for stamp in folded.deferred],
                 topic_name(self._settings, DEAD_LETTERS): [
                     self._given_up(stamp, batch.tp.partition, now) for stamp in folded.gave_up
                 ],
+                # Last: where there is no transaction, the changelog decides what was taken.
+                self._changelog: [
+                    *(Record(key, value) for key, value in folded.changes),
+                    Record(PROGRESS_KEY, encode_record(folded.progress)),
+                ],
             },
             {batch.tp: batch.next_offset},
         )
+        if store.progress is not None and folded.progress.gaps > store.progress.gaps:
+            log.error("inputs_missing", partition=batch.tp.partition, recommendation="run `stampline verify`")
         store.apply(folded.changes, folded.progress, next_offsets[self._changelog])
         log.info(
             "batch_committed",
             role="reducer",
             partition=batch.tp.partition,
             count=len(stamps),
+            # Of the partition's whole life; strays that grow while nothing is taken mean that the chain is broken.
+            repeats=folded.progress.repeats,
+            strays=folded.progress.strays,
             next_input_offset=folded.progress.next_input_offset,
             reduce_ms=round((reduced - started) * 1000, 2),
             duration_ms=round((time.perf_counter() - started) * 1000, 2),
@@ -129,7 +135,7 @@ class Reducer:
         """The event for the retry role: its own bytes, which attempt comes next, and when it is due."""
         assert stamp.uri is not None
         assert stamp.event_id is not None
-        due_ms = stamp.stamped_at.timestamp() * 1000 + backoff_ms(stamp.event_id, stamp.attempt, self._rules)
+        due_ms = stamp.stamped_at.timestamp() * 1000 + backoff_ms(stamp.event_id, stamp.attempt + 1, self._rules)
         headers = ((ATTEMPT_HEADER, b"%d" % (stamp.attempt + 1)), ("stampline-due-ms", b"%d" % due_ms))
         return Record(stamp.uri.encode(), stamp.original, headers)
 

@@ -149,6 +149,11 @@ class RoleApp(faust.App):
             canonical_url=f"http://{node}",
         )
 
+    def release(self) -> None:
+        """Close the web view's socket, also where the app never started."""
+        if self.web_socket is not None:
+            self.web_socket.close()
+
     def _new_web(self) -> Web:
         return SocketWeb(self)
 
@@ -174,11 +179,13 @@ class RoleApp(faust.App):
     def find_fault(self) -> BaseException | None:
         """Return why this role cannot work any more, though its process lives; None while all is well.
 
-        Faust notices none but the first of these: a crash, an agent whose task has ended, a dead task of the
-        consumer's coordinator.
+        Faust notices none but the first of these: a crash, a lane or an agent whose task has ended, a dead task of
+        the consumer's coordinator.
         """
         if self.crashed:
             return self.crash_reason or StamplineError("it crashed")
+        if self.batch_consumer.lanes.ended:
+            return StamplineError("the lane of a partition has ended")
         tasks = [actor.actor_task for agent in self.agents.values() for actor in agent._actors]  # noqa: SLF001
         tasks += self.batch_consumer.thread.coordinator_tasks()
         for task in tasks:

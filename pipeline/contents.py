@@ -68,12 +68,7 @@ class FileContents:
     def _read(self, path: bytes, deadline: float) -> Digest | None:
         """Read the file once; None if it changed meanwhile."""
         try:
-            # Not strict: whether something exists outside the roots must make no difference to the answer.
-            resolved = os.path.realpath(path)
-            self._check_inside(resolved)
-            if not stat.S_ISREG(os.stat(resolved).st_mode):  # before open: opening a device may do something
-                raise ContentUnavailable("content_not_regular", "the uri names no regular file")
-            descriptor = os.open(resolved, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
+            descriptor = self._open_by_place(path) if _HAS_PLACES else self._open_by_name(path)
             try:
                 return self._hash(descriptor, deadline)
             finally:
@@ -89,11 +84,36 @@ class FileContents:
                 raise
             raise ContentUnavailable("content_unreadable", os.strerror(exc.errno or 0)) from exc
 
+    def _open_by_place(self, path: bytes) -> int:
+        """Open a file on Linux: find its place in the file system first, and open that, whatever the name becomes.
+
+        Finding a place opens nothing, so a device or a FIFO is left alone; and it is one system call where resolving
+        the name here would be one for each folder.
+        """
+        try:
+            place = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        except OSError:
+            # Whether something exists outside the roots must make no difference to the answer.
+            self._check_inside(os.path.realpath(path))
+            raise
+        try:
+            link = f"/proc/self/fd/{place}"
+            self._check_inside(os.readlink(link.encode()))
+            _check_regular(os.fstat(place))
+            return os.open(link, os.O_RDONLY | os.O_CLOEXEC)
+        finally:
+            os.close(place)
+
+    def _open_by_name(self, path: bytes) -> int:
+        """Open a file elsewhere: resolve its name, and open that without following a symlink put there meanwhile."""
+        resolved = os.path.realpath(path)
+        self._check_inside(resolved)
+        _check_regular(os.stat(resolved))
+        return os.open(resolved, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
+
     def _hash(self, descriptor: int, deadline: float) -> Digest | None:
         before = os.fstat(descriptor)
-        if not stat.S_ISREG(before.st_mode):
-            raise ContentUnavailable("content_not_regular", "the uri names no regular file")
-        self._check_inside(os.readlink(f"/proc/self/fd/{descriptor}".encode()) if _HAS_PROC else None)
+        _check_regular(before)
         hasher = blake3()
         size = 0
         # One read more than the size needs would cost a system call for each small file; a file that grew is
@@ -110,16 +130,19 @@ class FileContents:
             return None
         return Digest(hasher.digest(), size)
 
-    def _check_inside(self, resolved: bytes | None) -> None:
-        if resolved is None:
-            return
+    def _check_inside(self, resolved: bytes) -> None:
         if not any(_is_below(resolved, os.fsencode(root)) for root in self.roots):
             raise ContentUnavailable("content_forbidden", "the path is not under one of ALLOWED_ROOTS")
 
 
-_HAS_PROC: Final = os.path.isdir("/proc/self/fd")
+_HAS_PLACES: Final = hasattr(os, "O_PATH") and os.path.isdir("/proc/self/fd")
 #: Shortages of this process, not faults of the file: the batch is tried again.
 _OURS: Final = frozenset({errno.ENOMEM, errno.ENFILE, errno.EMFILE})
+
+
+def _check_regular(status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise ContentUnavailable("content_not_regular", "the uri names no regular file")
 
 
 def _is_below(path: bytes, root: bytes) -> bool:

@@ -9,6 +9,7 @@ The tree, with what the runtime does on each::
     ├── PositionLost               the log no longer holds our position: stop that partition
     ├── PartitionFenced            another process owns the partition: drop it
     ├── BatchAborted               the batch left no trace, try it again    retriable
+    ├── WorkCancelled              something inside a batch was cancelled: open the partition again
     ├── RecoveryFailed             a changelog cannot be restored: stop that partition
     └── InputRejected              one input is bad: dead letter, the partition goes on
         └── ContentUnavailable     the file behind the uri cannot be had
@@ -58,6 +59,10 @@ class BatchAborted(StamplineError):
     """The batch was given up without a trace and can be tried again."""
 
     retriable = True
+
+
+class WorkCancelled(StamplineError):
+    """The work on a batch was cancelled from inside."""
 
 
 class RecoveryFailed(StamplineError):

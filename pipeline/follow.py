@@ -8,12 +8,14 @@ as `unchanged`.
 from __future__ import annotations
 
 import asyncio
+import os
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
 from pipeline.events import FileEvent, Op
-from pipeline.scan import CHUNK_FILES_MAX, EventSink, Found, file_uri, new_event_id, walk
+from pipeline.scan import CHUNK_FILES_MAX, EventSink, Found, Skipped, file_uri, new_event_id, walk
 
 #: Pause between two walks, in s.
 PAUSE_SECONDS: Final = 1.0
@@ -27,7 +29,7 @@ async def follow(root: Path, producer: EventSink, *, pause_seconds: float = PAUS
     """
     known: dict[str, Found] = {}
     while True:
-        seen = await asyncio.to_thread(_look, root)
+        seen = await asyncio.to_thread(_look, root, known)
         events = compare(known, seen)
         for start in range(0, len(events), CHUNK_FILES_MAX):
             await producer.send_all(events[start : start + CHUNK_FILES_MAX])
@@ -58,5 +60,23 @@ def _event(op: Op, found: Found, now: datetime) -> FileEvent:
     )
 
 
-def _look(root: Path) -> dict[str, Found]:
-    return {item.path: item for item in walk(root) if isinstance(item, Found)}
+def _look(root: Path, known: dict[str, Found]) -> dict[str, Found]:
+    """Walk once."""
+    seen: dict[str, Found] = {}
+    skipped: list[Skipped] = []
+    for item in walk(root):
+        if isinstance(item, Found):
+            seen[item.path] = item
+        else:
+            skipped.append(item)
+    return still_there(skipped, known) | seen
+
+
+def still_there(skipped: Iterable[Skipped], known: dict[str, Found]) -> dict[str, Found]:
+    """Return what was known and cannot be looked at now: it is taken to be there still, not gone."""
+    hidden = [item.path for item in skipped if item.reason == "unreadable"]
+    return {
+        path: found
+        for path, found in known.items()
+        if any(path == folder or path.startswith(folder + os.sep) for folder in hidden)
+    }

@@ -13,8 +13,12 @@ from typing import Any, Final
 
 from aiokafka import errors as driver
 
+from pipeline import recordbatches
 from pipeline.errors import InputRejected, ServiceUnavailable, SettingsError, StamplineError, TopicError
 from pipeline.settings import Settings
+
+# Here, because nobody makes a consumer without the options from here.
+recordbatches.install()
 
 _WORD: Final = 0xFFFFFFFF
 _MIX: Final = 0x5BD1E995

@@ -16,7 +16,7 @@ from typing import Any, Final, Protocol
 
 from faust.types import TP
 
-from pipeline.errors import BatchAborted, PartitionFenced, PositionLost, StamplineError
+from pipeline.errors import BatchAborted, PartitionFenced, PositionLost, StamplineError, WorkCancelled
 from pipeline.logs import get_logger
 from pipeline.settings import Settings
 
@@ -64,9 +64,13 @@ class Batch:
     async def _run(self, process: Callable[[Batch], Awaitable[None]]) -> None:
         try:
             await process(self)
-        except asyncio.CancelledError:
-            self._done.cancel()
-            raise
+        except asyncio.CancelledError as exc:
+            task = asyncio.current_task()
+            if task is None or task.cancelling() or self._done.done():
+                self._done.cancel()
+                raise
+            # Nobody cancelled the batch: something inside it was, which is a failure like any other.
+            self._done.set_exception(WorkCancelled().with_traceback(exc.__traceback__))
         except BaseException as exc:  # noqa: BLE001 (the lane that waits for `_done` gets it)
             if not self._done.done():
                 self._done.set_exception(exc)
@@ -123,6 +127,11 @@ class Lane:
         return self.status == "live"
 
     @property
+    def ended(self) -> bool:
+        """Whether the lane's task has ended though nobody asked it to: a fault of ours."""
+        return self._task.done() and not self._stopping
+
+    @property
     def has_room(self) -> bool:
         """Whether more records may be fetched."""
         return (
@@ -157,6 +166,12 @@ class Lane:
                 while not self._stopping:
                     await self._process(await self._take())
                     attempt = 0
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if self._stopping or task is None or task.cancelling():
+                    raise
+                self.status = "something inside it was cancelled"
+                log.exception("partition_failed", topic=self.tp.topic, partition=self.tp.partition, error=self.status)
             except PartitionFenced:
                 # The group will soon agree and take the partition away; if it does not, somebody uses our id.
                 self.status = "fenced: another process writes this partition"
@@ -169,15 +184,18 @@ class Lane:
                 self.status = f"{type(exc).__name__}: {exc}"
                 log.exception("partition_failed", topic=self.tp.topic, partition=self.tp.partition, error=str(exc))
             finally:
-                self._open = self._busy = False
+                # Busy until it is closed: `end` lets a close be, which has a bound of its own.
+                self._open, self._busy = False, True
                 await self._close()
+                self._busy = False
             if not self._stopping:
                 await _pause(attempt)
                 attempt += 1
 
     async def _close(self) -> None:
         try:
-            await self._role.close(self.tp)
+            async with asyncio.timeout(self._settings.revoke_timeout_ms / 1000):
+                await self._role.close(self.tp)
         except Exception:
             log.exception("partition_not_closed", topic=self.tp.topic, partition=self.tp.partition)
 
@@ -276,6 +294,11 @@ class Lanes:
         """Whether partitions were assigned (none is an assignment too) and all of them are live."""
         return self._assigned and all(lane.live for lane in self._lanes.values())
 
+    @property
+    def ended(self) -> bool:
+        """Whether a lane has ended though nobody asked it to."""
+        return any(lane.ended for lane in self._lanes.values())
+
     def status(self) -> dict[int, str]:
         """What each partition is doing, by partition number."""
         return {tp.partition: lane.status for tp, lane in self._lanes.items()}
@@ -294,5 +317,5 @@ class _WithRoom:
 
 async def _pause(attempt: int) -> None:
     """Wait with full jitter before trying again."""
-    most = min(_BACKOFF_CAP_SECONDS, _BACKOFF_BASE_SECONDS * 2**attempt)
+    most = min(_BACKOFF_CAP_SECONDS, _BACKOFF_BASE_SECONDS * 2 ** min(attempt, 16))
     await asyncio.sleep(random.uniform(_BACKOFF_BASE_SECONDS / 2, most))

@@ -36,6 +36,8 @@ class Found(NamedTuple):
 
     path: str
     size: int
+    modified_ns: int = 0
+    inode: int = 0
 
 
 class Skipped(NamedTuple):
@@ -116,7 +118,7 @@ def _classified(path: str, status: os.stat_result) -> Found | Skipped:
         return Skipped(path, "symlink")
     if not stat.S_ISREG(status.st_mode):
         return Skipped(path, "not_regular")
-    return Found(path, status.st_size)
+    return Found(path, status.st_size, status.st_mtime_ns, status.st_ino)
 
 
 def file_uri(path: str) -> str:

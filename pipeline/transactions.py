@@ -152,9 +152,13 @@ class Writer:
     async def _write_at_least_once(
         self, outputs: Mapping[str, Sequence[Record]], offsets: Mapping[TP, int]
     ) -> dict[str, int]:
+        deliveries: list[_Delivery] = []
         try:
-            deliveries = await self._send_all(outputs)
-            await asyncio.gather(*(delivery.metadata for delivery in deliveries))
+            # Topic by topic: what a caller puts last is there only if everything before it is.
+            for topic, records in outputs.items():
+                sent = await self._send_all({topic: records})
+                await asyncio.gather(*(delivery.metadata for delivery in sent))
+                deliveries += sent
         except KafkaError as exc:
             raise ServiceUnavailable(f"outputs were not delivered: {exc}") from exc
         await self._commit_offsets(offsets)

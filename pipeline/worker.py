@@ -8,7 +8,10 @@ Start reading here: a node is a few Faust apps (one for each role, `agents/`) on
 from __future__ import annotations
 
 import asyncio
+import gc
+import os
 import signal
+import threading
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, Final
@@ -24,6 +27,9 @@ from pipeline.settings import Settings
 from pipeline.topics import has_transactions, require_topics
 
 ROLES: Final = ("hasher", "reducer", "projector")
+
+#: Longest a process takes to end once it is told to, in s.
+STOP_SECONDS: Final = 10.0
 
 #: How often a node looks whether all its parts are alive, in s.
 _WATCH_SECONDS: Final = 0.5
@@ -100,6 +106,7 @@ async def run_node(settings: Settings, roles: Sequence[str], *, transactions: bo
     Raises:
         ServiceUnavailable: Kafka or PostgreSQL does not answer.
     """
+    _tune_garbage_collection()
     if not transactions:
         log.warning("fencing_is_off", reason="the embedded broker has no transactions; do not run two nodes of a role")
     async with AsyncExitStack() as stack:
@@ -113,12 +120,22 @@ async def run_node(settings: Settings, roles: Sequence[str], *, transactions: bo
                 manager = await stack.enter_async_context(PostgresConnectionManager(settings))
                 apps[role] = projector.create_app(settings, manager, transactions=transactions)
         for app in apps.values():
+            stack.callback(app.release)
             stack.push_async_callback(app.stop)
         # Together: each waits for its group to come together.
         await asyncio.gather(*(app.start() for app in apps.values()))
         log.info("node_started", roles=list(roles), transactions=transactions)
         yield Node(apps)
     log.info("node_stopped", roles=list(roles))
+
+
+def _tune_garbage_collection() -> None:
+    """Let the collector look less often.
+
+    A batch makes tens of thousands of objects that live for as long as it and have no cycles; with the defaults a
+    quarter of each role's CPU went into looking for some (65 µs of CPU an event in all, 46 so; `stampline bench`).
+    """
+    gc.set_threshold(200_000, 20, 1000)
 
 
 async def run_until_signalled(settings: Settings, roles: Sequence[str]) -> None:
@@ -135,11 +152,27 @@ async def run_until_signalled(settings: Settings, roles: Sequence[str]) -> None:
 
 
 def stop_signal() -> asyncio.Event:
-    """Return an event that SIGTERM and SIGINT set, instead of ending the process."""
+    """Return an event that SIGTERM and SIGINT set, instead of ending the process.
+
+    From then on the process ends within `STOP_SECONDS`. What is in flight is finished or given up in a fraction of
+    that; but aiokafka tries for minutes to say goodbye to a broker that is away, and cannot be cancelled in it.
+    """
     stop = asyncio.Event()
+
+    def begin() -> None:
+        stop.set()
+        last_resort = threading.Timer(STOP_SECONDS, _leave)
+        last_resort.daemon = True
+        last_resort.start()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        asyncio.get_running_loop().add_signal_handler(number, begin)
     return stop
+
+
+def _leave() -> None:
+    log.warning("stopped_without_goodbye", timeout_seconds=STOP_SECONDS)
+    os._exit(0)
 
 
 async def until(stop: asyncio.Event, *watched: Coroutine[Any, Any, Any]) -> bool:

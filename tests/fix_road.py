@@ -68,10 +68,14 @@ class Road:
 
     def start(self, *roles: str, **variables: str) -> NodeProcess:
         """Start a node with these roles."""
-        log = self.logs / f"node-{len(self.nodes)}-{'-'.join(roles)}.log"
+        return self.launch("pipeline", "worker", *roles, **variables)
+
+    def launch(self, module: str, *arguments: str, **variables: str) -> NodeProcess:
+        """Start a module of ours as a program."""
+        log = self.logs / f"node-{len(self.nodes)}-{'-'.join((module, *arguments))}.log"
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [sys.executable, "-m", "pipeline", "worker", *roles],
+                [sys.executable, "-m", module, *arguments],
                 cwd=_ROOT,
                 env=environment(self.settings) | {"LOG_FORMAT": "json"} | variables,
                 stdin=subprocess.DEVNULL,

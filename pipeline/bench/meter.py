@@ -183,10 +183,10 @@ def _processes(stages: Sequence[Stage], logs: Path) -> Iterator[dict[str, subpro
 
 
 def _end_with_parent() -> Callable[[], object] | None:
-    """Make what a child calls first, so that it does not outlive a bench that is killed."""
+    """Make what a child calls first: a bench that is killed takes it along, for its services are gone as well."""
     if sys.platform != "linux":
         return None
-    return partial(ctypes.CDLL(None).prctl, _PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    return partial(ctypes.CDLL(None).prctl, _PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def _log(logs: Path, name: str) -> Path:

@@ -147,8 +147,15 @@ async def _hops(site: Site, load: Load, logs: Path, say: Say) -> list[Run]:
 def _logs() -> Iterator[Path]:
     """A folder for what the processes say, kept only where something goes wrong."""
     folder = Path(tempfile.mkdtemp(prefix="stampline-bench-"))
-    yield folder
-    shutil.rmtree(folder)
+    failed = False
+    try:
+        yield folder
+    except Exception:
+        failed = True
+        raise
+    finally:
+        if not failed:
+            shutil.rmtree(folder)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -171,7 +172,8 @@ def kafka_is_here() -> None:
 
 def wait_for_dsn(log: Path) -> str:
     """Return the connection string that `up` tells once all is ready."""
-    return wait_for(lambda: re.search(r"psql '([^']+)'", log.read_text()), log).group(1)
+    found: re.Match[str] = wait_for(lambda: re.search(r"psql '([^']+)'", log.read_text()), log)
+    return found.group(1)
 
 
 def wait_for_files(dsn: str, names: set[str]) -> None:
@@ -308,15 +310,7 @@ async def test_status_shows_how_far_each_partition_has_come(road: Road) -> None:
 @pytest.mark.parametrize("role", ["hasher", "reducer", "projector"])
 async def test_each_role_is_a_module_of_its_own(road: Road, role: str) -> None:
     """`python -m agents.ROLE` runs the role and drains it on SIGTERM."""
-    with (road.logs / "role.log").open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", f"agents.{role}"], cwd=_ROOT, env=environment(road.settings), stderr=output
-        )
-    try:
-        await road.until(lambda: "partitions_assigned" in (road.logs / "role.log").read_text())
-        process.send_signal(signal.SIGTERM)
+    node = road.launch(f"agents.{role}")
+    await road.until(partial(node.has_logged, '"partitions_assigned"'))
 
-        assert process.wait(DEADLINE_SECONDS) == 0
-    finally:
-        process.kill()
-        process.wait()
+    assert node.terminate() == 0

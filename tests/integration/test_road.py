@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sysconfig
 from functools import partial
@@ -13,12 +14,13 @@ import pytest
 from blake3 import blake3
 
 from pipeline.client import EventProducer, Position
+from pipeline.embedded import run_services
 from pipeline.kafka import partition_for
 from pipeline.logreader import LogReader
 from pipeline.scan import file_uri, scan
 from pipeline.topics import create_topics, has_transactions
 from pipeline.verify import verify
-from pipeline.worker import run_node
+from pipeline.worker import STOP_SECONDS, run_node
 from tests.fix_road import Road, make_events
 from tests.fix_services import MakeSettings
 
@@ -164,3 +166,23 @@ async def read_dead_letters(road: Road) -> list[tuple[str, bytes, bytes]]:
             async for records in reader.read(0):
                 letters += [(dict(r.headers)["dl-reason"].decode(), r.key, r.value) for r in records]
     return letters
+
+
+async def test_a_node_ends_in_time_though_its_broker_is_gone(make_settings: MakeSettings, tmp_path: Path) -> None:
+    """SIGTERM ends every role within the bound, with exit code 0, also while Kafka does not answer any more."""
+    with run_services(broker="kafka", database=False, data=None, say=print) as services:
+        settings = make_settings(kafka_bootstrap_servers=services.kafka_bootstrap_servers, kafka_topic_partitions=4)
+        await create_topics(settings)
+        road = Road(settings, tmp_path)
+        nodes = [road.start(role) for role in ROLES]
+        try:
+            await road.send(make_events(5_000, 500, seed=8))
+            await road.until(partial(nodes[2].has_logged, '"batch_committed"'))
+            os.kill(services.pids["broker"], signal.SIGKILL)
+            for node in nodes:
+                node.process.send_signal(signal.SIGTERM)
+
+            assert [node.process.wait(STOP_SECONDS + 10) for node in nodes] == [0, 0, 0]
+        finally:
+            for node in nodes:
+                node.kill()

@@ -1,174 +1,40 @@
-"""Lanes: one batch in flight per partition, in order, and nothing lost or doubled whatever goes wrong.
-
-The role and the consumer are fakes: a role that commits like a transaction does, and a log that is fed by hand.
-"""
+"""Lanes: one batch in flight per partition, in order, and nothing lost or doubled whatever goes wrong."""
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from typing import Any, NamedTuple
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
-from faust.types import TP
+from structlog.testing import capture_logs
 
 from pipeline import lanes as lanes_module
 from pipeline.errors import BatchAborted, PartitionFenced, PositionLost, ServiceUnavailable
-from pipeline.lanes import Batch, Lanes
-from pipeline.settings import Settings
+from tests.lane_fakes import (
+    BYTES_MAX,
+    RECORDS_MAX,
+    A,
+    B,
+    FakeConsumer,
+    FakeRecord,
+    failing,
+    make_consumer,
+    nothing,
+    until,
+    waiting,
+)
 
 pytestmark = pytest.mark.unit
 
-A, B = TP("file-events", 0), TP("file-events", 1)
-RECORDS_MAX = 5
-BYTES_MAX = 2**20
-
-
-class FakeRecord(NamedTuple):
-    """As much of a record as a lane looks at."""
-
-    offset: int
-    key: bytes | None = None
-    value: bytes | None = None
-
-
-Step = Callable[[], Awaitable[None]]
-
-
-class FakeRole:
-    """Takes records exactly as a transaction does: all of a batch at its end, with the position, or nothing."""
-
-    def __init__(self) -> None:
-        self.committed: dict[TP, int] = defaultdict(int)
-        self.taken: dict[TP, list[int]] = defaultdict(list)
-        self.batches: dict[TP, list[list[int]]] = defaultdict(list)
-        #: What happened, in order: opening, opened, closing, closed, cancelled.
-        self.story: dict[TP, list[str]] = defaultdict(list)
-        self.retained: list[set[TP]] = []
-        self.in_flight: dict[TP, int] = defaultdict(int)
-        #: Run once each, in order: before a batch is committed, after it, when opening and when closing.
-        self.before: dict[TP, list[Step]] = defaultdict(list)
-        self.after: dict[TP, list[Step]] = defaultdict(list)
-        self.opening: dict[TP, list[Step]] = defaultdict(list)
-        self.closing: dict[TP, list[Step]] = defaultdict(list)
-
-    async def open(self, tp: TP, consumer: Any) -> int:
-        """Return the committed position."""
-        self.story[tp].append("opening")
-        await _step(self.opening[tp])
-        self.story[tp].append("opened")
-        return self.committed[tp]
-
-    async def close(self, tp: TP) -> None:
-        """Let go."""
-        self.story[tp].append("closing")
-        await _step(self.closing[tp])
-        self.story[tp].append("closed")
-
-    def retain(self, tps: Iterable[TP]) -> None:
-        """Note what is kept."""
-        self.retained.append(set(tps))
-
-    async def process(self, batch: Batch) -> None:
-        """Take a batch."""
-        tp = batch.tp
-        self.in_flight[tp] += 1
-        try:
-            assert self.in_flight[tp] == 1, "two batches of one partition are in flight"
-            await _step(self.before[tp])
-            self.batches[tp].append([record.offset for record in batch.records])
-            self.taken[tp] += self.batches[tp][-1]
-            self.committed[tp] = batch.next_offset
-            await _step(self.after[tp])
-        except asyncio.CancelledError:
-            self.story[tp].append("cancelled")
-            raise
-        finally:
-            self.in_flight[tp] -= 1
-
-
-async def _step(steps: list[Step]) -> None:
-    if steps:
-        await steps.pop(0)()
-
-
-class FakeConsumer:
-    """A log without end, of which a test hands out as many records as it likes; agents are always there."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.role = FakeRole()
-        self.lanes = Lanes(self.role, self, settings)
-        self.positions: dict[TP, int] = {}
-        self.starts: dict[TP, int] = defaultdict(int)
-        self.delivered: list[Batch] = []
-        self.wakes = 0
-
-    @property
-    def thread(self) -> FakeConsumer:
-        """The thread, which has nothing to do but to wake up."""
-        return self
-
-    def wake(self) -> None:
-        """Note that room was told of."""
-        self.wakes += 1
-
-    async def deliver(self, batch: Batch) -> None:
-        """Do what an agent does."""
-        self.delivered.append(batch)
-        batch.start(self.role.process)
-
-    async def start_at(self, tp: TP, offset: int) -> int:
-        """Seek."""
-        self.positions[tp] = offset
-        self.starts[tp] += 1
-        return self.starts[tp]
-
-    def feed(self, tp: TP, count: int, value: bytes | None = None) -> None:
-        """Fetch the next records and offer them."""
-        position = self.positions[tp]
-        self.positions[tp] += count
-        records = [FakeRecord(offset, b"k", value) for offset in range(position, position + count)]
-        self.lanes.offer(tp, self.starts[tp], records)
-
-    async def assign(self, *tps: TP) -> None:
-        """Assign partitions and wait until they are open."""
-        self.lanes.assign(set(tps))
-        await until(lambda: self.lanes.ready)
-
-
-async def until(condition: Callable[[], object]) -> None:
-    """Let everything else run until the condition holds."""
-    async with asyncio.timeout(20):
-        while not condition():  # noqa: ASYNC110 (what happens inside a lane has no event of its own)
-            await asyncio.sleep(0)
-
-
-def failing(error: BaseException) -> Step:
-    """Make a step that raises."""
-
-    async def fail() -> None:
-        raise error
-
-    return fail
-
-
-def make_consumer(**options: Any) -> FakeConsumer:
-    """Make lanes with small bounds."""
-    bounds: dict[str, Any] = {
-        "batch_records_max": RECORDS_MAX,
-        "batch_bytes_max": BYTES_MAX,
-        "revoke_timeout_ms": 10_000,
-    }
-    return FakeConsumer(Settings(**(bounds | options)))
-
 
 @pytest.fixture(autouse=True)
-def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pauses before another try are drawn as always, but from a range that tests can wait for."""
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Pauses before another try are drawn as always, but from a range that tests can wait for; logs are kept back."""
     monkeypatch.setattr(lanes_module, "_BACKOFF_BASE_SECONDS", 0.0005)
     monkeypatch.setattr(lanes_module, "_BACKOFF_CAP_SECONDS", 0.002)
+    with capture_logs():
+        yield
 
 
 @pytest.fixture
@@ -184,7 +50,7 @@ async def test_records_gather_while_a_batch_is_in_flight(consumer: FakeConsumer)
     """One batch at a time, in order; what came meanwhile is the next one, as a whole."""
     gate = asyncio.Event()
     role = consumer.role
-    role.before[A].append(gate.wait)  # type: ignore[arg-type] # what it returns is of no interest
+    role.before[A].append(waiting(gate))
     await consumer.assign(A)
 
     consumer.feed(A, 2)
@@ -204,7 +70,7 @@ async def test_a_lane_takes_no_more_than_its_bounds(consumer: FakeConsumer) -> N
     gate = asyncio.Event()
     role, room = consumer.role, consumer.lanes.with_room
     assert A not in room
-    role.before[A].append(gate.wait)  # type: ignore[arg-type] # what it returns is of no interest
+    role.before[A].append(waiting(gate))
     await consumer.assign(A)
     consumer.feed(A, 1)
     await until(lambda: role.in_flight[A])
@@ -225,7 +91,7 @@ async def test_a_lane_takes_no_more_than_its_bounds(consumer: FakeConsumer) -> N
 async def test_a_lane_takes_no_more_bytes_than_its_bound(consumer: FakeConsumer) -> None:
     """Few big records fill it as many small ones do."""
     gate = asyncio.Event()
-    consumer.role.before[A].append(gate.wait)  # type: ignore[arg-type] # what it returns is of no interest
+    consumer.role.before[A].append(waiting(gate))
     await consumer.assign(A)
     consumer.feed(A, 1)
     await until(lambda: consumer.role.in_flight[A])
@@ -240,7 +106,7 @@ async def test_a_lane_takes_no_more_bytes_than_its_bound(consumer: FakeConsumer)
 
 
 def test_no_partition_with_room_is_not_every_partition() -> None:
-    """To aiokafka an empty collection means all partitions; the view of those with room is never empty in that sense."""
+    """To aiokafka an empty collection means all partitions; the view of those with room is never so empty."""
     assert bool(make_consumer().lanes.with_room)
     assert A not in make_consumer().lanes.with_room
 
@@ -293,7 +159,7 @@ async def test_a_partition_that_fails_says_why_and_stops_no_other(consumer: Fake
     role = consumer.role
     role.before[A].append(failing(ServiceUnavailable("PostgreSQL does not answer")))
     await consumer.assign(A, B)
-    role.opening[A].append(gate.wait)  # type: ignore[arg-type] # what it returns is of no interest
+    role.opening[A].append(waiting(gate))
 
     consumer.feed(A, 1)
     await until(lambda: role.story[A][-2:] == ["closed", "opening"])
@@ -311,12 +177,9 @@ async def test_a_partition_that_fails_says_why_and_stops_no_other(consumer: Fake
 async def test_a_fenced_partition_says_so(consumer: FakeConsumer) -> None:
     """It waits for the group to take it away, and tries again if that does not come."""
     role = consumer.role
-    role.before[A] += [failing(PartitionFenced())]
-    role.opening[A] += [asyncio.Event().wait] * 2  # type: ignore[list-item] # what it returns is of no interest
-    role.opening[A].pop(0)
-    consumer.lanes.assign({A})
-    role.opening[A].insert(0, asyncio.sleep_zero if hasattr(asyncio, "sleep_zero") else _nothing)
-    await until(lambda: consumer.lanes.ready)
+    role.before[A].append(failing(PartitionFenced()))
+    role.opening[A] += [nothing, waiting(asyncio.Event())]
+    await consumer.assign(A)
 
     consumer.feed(A, 1)
     await until(lambda: role.story[A].count("opening") == 2)
@@ -324,15 +187,11 @@ async def test_a_fenced_partition_says_so(consumer: FakeConsumer) -> None:
     assert "fenced" in consumer.lanes.status()[0]
 
 
-async def _nothing() -> None:
-    pass
-
-
 async def test_what_was_fetched_for_an_earlier_start_is_dropped(consumer: FakeConsumer) -> None:
     """A closed lane takes nothing, and one that has opened again takes only what was fetched since."""
     role = consumer.role
     gate = asyncio.Event()
-    role.opening[A].append(gate.wait)  # type: ignore[arg-type] # what it returns is of no interest
+    role.opening[A].append(waiting(gate))
     consumer.lanes.assign({A})
     await until(lambda: role.story[A])
     consumer.lanes.offer(A, 0, [FakeRecord(7)])
@@ -351,8 +210,8 @@ async def test_a_lost_position_opens_the_partition_again(consumer: FakeConsumer)
     """The batch in flight is finished first; what had been fetched is fetched again; the role finds out the truth."""
     gate = asyncio.Event()
     role = consumer.role
-    role.before[A].append(gate.wait)  # type: ignore[arg-type] # what it returns is of no interest
-    role.opening[A] += [_nothing, failing(PositionLost("offsets 2 to 9 are gone"))]
+    role.before[A].append(waiting(gate))
+    role.opening[A] += [nothing, failing(PositionLost("offsets 2 to 9 are gone"))]
     await consumer.assign(A)
     consumer.feed(A, 2)
     await until(lambda: role.in_flight[A])
@@ -381,24 +240,42 @@ async def test_an_idle_lane_that_loses_its_position_notices(consumer: FakeConsum
 async def test_nothing_is_lost_or_doubled_whatever_fails(consumer: FakeConsumer, seed: int) -> None:
     """Faults at random moments of two partitions: each record is taken exactly once, in order."""
     draw = random.Random(seed)
-    role = consumer.role
-    kinds = [*FAULTS, BatchAborted()]
+    role, lanes = consumer.role, consumer.lanes
     for tp in (A, B):
-        role.before[tp] = [draw.choice([_nothing, failing(draw.choice(kinds))]) for _ in range(40)]
-        role.after[tp] = [draw.choice([_nothing, _nothing, failing(draw.choice(FAULTS))]) for _ in range(40)]
-        role.opening[tp] = [draw.choice([_nothing, failing(draw.choice(FAULTS))]) for _ in range(20)]
-        role.closing[tp] = [draw.choice([_nothing, failing(draw.choice(FAULTS))]) for _ in range(20)]
-    consumer.lanes.assign({A, B})
+        role.before[tp] = [draw.choice([nothing, failing(draw.choice([*FAULTS, BatchAborted()]))]) for _ in range(30)]
+        role.after[tp] = [draw.choice([nothing, nothing, failing(draw.choice(FAULTS))]) for _ in range(30)]
+        role.opening[tp] = [draw.choice([nothing, failing(draw.choice(FAULTS))]) for _ in range(15)]
+        role.closing[tp] = [draw.choice([nothing, failing(draw.choice(FAULTS))]) for _ in range(15)]
+    lanes.assign({A, B})
 
     async with asyncio.timeout(20):
-        while min(len(role.taken[tp]) for tp in (A, B)) < 60:
+        while role.before[A] or role.before[B]:
             for tp in (A, B):
-                if tp in consumer.lanes.with_room:
+                if tp in lanes.with_room:
                     consumer.feed(tp, draw.randint(1, 2 * RECORDS_MAX))
-                if draw.random() < 0.01:
-                    consumer.lanes.lose_position(tp)
+                    if draw.random() < 0.05:
+                        lanes.lose_position(tp)
             await asyncio.sleep(0)
 
     for tp in (A, B):
         assert role.taken[tp] == list(range(len(role.taken[tp])))
-    assert max(len(batch) for tp in (A, B) for batch in role.batches[tp]) <= RECORDS_MAX
+        assert len(role.taken[tp]) > RECORDS_MAX
+        assert max(len(batch) for batch in role.batches[tp]) <= RECORDS_MAX
+
+
+async def test_work_that_is_cancelled_from_inside_is_a_failure_like_others(consumer: FakeConsumer) -> None:
+    """A library that cancels a future of its own must not end the lane for ever while it still says `live`."""
+    consumer.role.before[A].append(failing(asyncio.CancelledError()))
+    await consumer.assign(A)
+
+    consumer.feed(A, 1)
+    await until(lambda: consumer.starts[A] == 2 or consumer.lanes._lanes[A]._task.done())
+
+    assert not consumer.lanes._lanes[A]._task.done()
+
+
+async def test_pauses_are_bounded_after_any_number_of_failures() -> None:
+    """After an hour without Kafka a lane still waits a few seconds and tries again."""
+    pause = asyncio.create_task(lanes_module._pause(5000))
+    await until(pause.done)
+    assert pause.exception() is None

@@ -133,10 +133,14 @@ def test_findings_go_to_the_records_that_wanted_them() -> None:
         make_record(make_value(op="deleted"), offset=4),
         make_record(make_value(), offset=5),
     ]
-    found = [Digest(b"\x01" * 32, 1), ContentUnavailable("content_missing", "gone"), Digest(b"\x02" * 32, 2)]
+    found: list[Finding] = [
+        Digest(b"\x01" * 32, 1),
+        ContentUnavailable("content_missing", "gone"),
+        Digest(b"\x02" * 32, 2),
+    ]
 
     read = read_batch(records, inline_max_bytes=INLINE_MAX_BYTES)
-    stamps, _, letters = stamp_all(records, list(found))
+    stamps, _, letters = stamp_all(records, found)
 
     assert [item.wanted for item in read] == [True, False, False, True, False, True]
     assert [stamp.size for stamp in stamps] == [1, 1, None, None, None, 2]
@@ -198,7 +202,12 @@ def test_an_event_whose_content_is_not_to_be_had_keeps_its_facts(changes: dict[s
 
 def test_a_dead_letter_is_the_record_with_its_story() -> None:
     """Key, value and headers stay the original's; what happened is added as headers."""
-    headers = (("trace", b"\xff\x00"), ("dl-reason", b"from before"), (ATTEMPT_HEADER, b"2"), ("empty", None))
+    headers: tuple[tuple[str, Any], ...] = (
+        ("trace", b"\xff\x00"),
+        ("dl-reason", b"from before"),
+        (ATTEMPT_HEADER, b"2"),
+        ("empty", None),
+    )
 
     _, _, [letter] = stamp_all([make_record(b"broken", key=b"\xfe", offset=41, headers=headers)])
 
