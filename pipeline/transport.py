@@ -41,7 +41,7 @@ from pipeline.lanes import Batch, Lanes, Role
 from pipeline.settings import Settings
 
 #: Most bytes that one fetch brings for one partition, and in all.
-_PARTITION_FETCH_BYTES = 4 * 2**20
+_PARTITION_FETCH_BYTES = 8 * 2**20
 _FETCH_BYTES = 32 * 2**20
 #: Longest a fetch waits for a first record, in ms: a partition left out of it waits so long at most.
 _FETCH_WAIT_MS = 100

@@ -42,6 +42,7 @@ from pipeline.events import (
     Stamp,
     decode_change,
     encode_record,
+    recent_events,
 )
 
 _GONE: Final = frozenset({"deleted", "moved"})
@@ -254,21 +255,18 @@ def _same(state: FileState, stamp: Stamp) -> bool:
 
 
 def _seen(state: FileState, event_id: str | None, oldest_ms: int) -> bool:
-    # A plain loop: `any` over a generator takes three times as long, for every event.
-    for seen_id, seen_ms in state.recent:  # noqa: SIM110
-        if seen_id == event_id and seen_ms >= oldest_ms:
-            return True
-    return False
+    # Almost no event is a duplicate, and a text that does not hold the id needs no taking apart.
+    if event_id is None or event_id not in state.recent:
+        return False
+    return any(seen_id == event_id and seen_ms >= oldest_ms for seen_id, seen_ms in recent_events(state))
 
 
-def _remember(state: FileState | None, stamp: Stamp, now_ms: int, rules: Rules) -> tuple[tuple[str, int], ...]:
-    if not rules.dedup_ids_max:
-        return ()
-    assert stamp.event_id is not None
-    known = state.recent if state is not None else ()
-    oldest_ms = now_ms - rules.dedup_window_ms
-    kept = [entry for entry in known if entry[1] >= oldest_ms]
-    return (*kept[1 - rules.dedup_ids_max or len(kept) :], (stamp.event_id, now_ms))
+def _remember(state: FileState | None, stamp: Stamp, now_ms: int, rules: Rules) -> str:
+    """Add an event id; the oldest go, past the number that is kept. Their age is looked at when one is met again."""
+    recent = f"{state.recent if state is not None else ''}{stamp.event_id}\0{now_ms}\0"
+    while recent.count("\0") > 2 * rules.dedup_ids_max:
+        recent = recent.split("\0", 2)[2]
+    return recent
 
 
 def _milliseconds(moment: datetime) -> int:

@@ -15,7 +15,7 @@ import faust
 import msgspec
 from faust.stores.base import SerializedStore
 
-from pipeline.events import Progress, decode_change
+from pipeline.events import Progress, decode_change, recent_events
 
 
 @dataclass(slots=True)
@@ -96,6 +96,7 @@ class BatchStore(SerializedStore[Any, Any]):
         shown = dict(zip(state.__struct_fields__, msgspec.to_builtins(state), strict=True))
         return shown | {
             "digest": state.digest.hex() if state.digest else None,
+            "recent": recent_events(state),
             "metadata": msgspec.json.decode(state.metadata) if state.metadata else None,
         }
 

@@ -110,7 +110,8 @@ def test_a_normal_stop_leaves_nothing(broker: Broker) -> None:
         folder = _temporary_folder(services.postgres_dsn)
         assert folder.is_dir()
         assert set(pids) == {"broker", "database"}
-        (guardian,) = [child for child in psutil.Process().children() if "pipeline.guardian" in child.cmdline()]
+        guardian = psutil.Process(pids["broker"]).parent()
+        assert guardian is not None
     assert not any(_is_running(pid) for pid in [*pids.values(), guardian.pid])
     assert not folder.exists()
 

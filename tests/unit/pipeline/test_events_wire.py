@@ -91,7 +91,7 @@ STATES = st.builds(
     workflow_id=st.none() | TEXT,
     metadata=st.none() | st.binary(max_size=20),
     input_offset=COUNTS,
-    recent=st.lists(st.tuples(TEXT, COUNTS), max_size=3).map(tuple),
+    recent=TEXT,
 )
 
 

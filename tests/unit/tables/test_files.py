@@ -26,6 +26,7 @@ from pipeline.events import (
     Stamp,
     decode_change,
     decode_stamp,
+    recent_events,
 )
 from pipeline.stamps import read_batch, stamp_batch
 from tables.files import Rules, backoff_ms, fold, intake, reduce, resume
@@ -327,7 +328,7 @@ def test_only_so_many_event_ids_are_kept(ids_max: int) -> None:
     [*_, (_, change)] = play([stamps], Rules(dedup_ids_max=ids_max)).decoded()
 
     assert change.state is not None
-    assert [event_id for event_id, _ in change.state.recent] == [f"event-{at}" for at in range(5 - ids_max, 5)]
+    assert [event_id for event_id, _ in recent_events(change.state)] == [f"event-{at}" for at in range(5 - ids_max, 5)]
 
 
 @pytest.mark.parametrize(

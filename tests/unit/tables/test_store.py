@@ -36,7 +36,7 @@ def make_value(version: int = 1, **fields: Any) -> bytes:
         "workflow_id": None,
         "metadata": b'{"k":[1,null]}',
         "input_offset": 7,
-        "recent": (("e1", 1_795_435_200_123),),
+        "recent": "e1\x001795435200123\x00",
     }
     state = FileState(version=version, **(defaults | fields))
     return encode_record(Change(outcome="committed", input_offset=7, recorded_at=NOON, state=state))
