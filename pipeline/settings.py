@@ -80,9 +80,6 @@ class Settings(BaseSettings):
 
     batch_records_max: int = Field(8000, ge=1, le=100_000, description="most records in one batch")
     batch_bytes_max: int = Field(16 * 2**20, ge=2**20, le=2**28, description="a batch is closed past so many bytes")
-    batch_timeout_ms: int = Field(
-        30_000, ge=100, description="longest a batch may take once its partition is being taken away, in ms"
-    )
     revoke_timeout_ms: int = Field(
         2000, ge=10, description="how long a batch in flight may go on when its partition is revoked, in ms"
     )
