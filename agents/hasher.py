@@ -46,10 +46,10 @@ class _Partition:
 class Hasher:
     """The hasher's partitions in this process."""
 
-    def __init__(self, settings: Settings, *, transactions: bool) -> None:
+    def __init__(self, settings: Settings, file_hasher: FileHasher, *, transactions: bool) -> None:
         self._settings = settings
         self._idempotent = transactions
-        self._hasher = FileHasher(settings)
+        self._hasher = file_hasher
         self._partitions: dict[TP, _Partition] = {}
         self._stamps = topic_name(settings, FILE_STAMPS)
         self._letters = topic_name(settings, DEAD_LETTERS)
@@ -118,9 +118,9 @@ class Hasher:
         """Nothing is kept of a closed partition."""
 
 
-def create_app(settings: Settings, *, transactions: bool) -> RoleApp:
-    """Return the hasher's Faust app."""
-    hasher = Hasher(settings, transactions=transactions)
+def create_app(settings: Settings, file_hasher: FileHasher, *, transactions: bool) -> RoleApp:
+    """Return the hasher's Faust app; the caller closes `file_hasher`."""
+    hasher = Hasher(settings, file_hasher, transactions=transactions)
     app = RoleApp(APP_ID, settings, hasher, transactions=transactions)
 
     @app.agent(app.batches(FILE_EVENTS), name="hasher")

@@ -11,7 +11,7 @@ import os
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Final
+from typing import Final, Self
 
 from blake3 import blake3
 
@@ -31,7 +31,7 @@ def digest_inline(content: bytes) -> Digest:
 
 
 class FileHasher:
-    """Hashes files on threads. Close it to end its threads; jobs under way end within a chunk's time."""
+    """Hashes files on threads; a context manager. Jobs that were cancelled end within a chunk's time."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -57,7 +57,10 @@ class FileHasher:
         async with self._jobs:
             return await asyncio.get_running_loop().run_in_executor(self._threads, _digest_all, contents, uris)
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
         """End the threads once their jobs have ended."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 

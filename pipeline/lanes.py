@@ -154,7 +154,7 @@ class Lane:
         self._arrived.set()
 
     async def _live(self) -> None:
-        attempt = 0
+        attempt, fenced = 0, False
         while not self._stopping:
             try:
                 position = await self._role.open(self.tp, self._consumer)
@@ -172,11 +172,10 @@ class Lane:
                     raise
                 self.status = "something inside it was cancelled"
                 log.exception("partition_failed", topic=self.tp.topic, partition=self.tp.partition, error=self.status)
-            except PartitionFenced:
-                # The group will soon agree and take the partition away; if it does not, somebody uses our id.
-                self.status = "fenced: another process writes this partition"
-                log.warning("partition_fenced", topic=self.tp.topic, partition=self.tp.partition)
-                attempt = max(attempt, 6)
+            except PartitionFenced as exc:
+                self.status = f"fenced: {exc}"
+                fenced = True
+                log.warning("partition_fenced", topic=self.tp.topic, partition=self.tp.partition, error=str(exc))
             except StamplineError as exc:
                 self.status = str(exc)
                 log.error("partition_failed", topic=self.tp.topic, partition=self.tp.partition, error=str(exc))
@@ -189,8 +188,18 @@ class Lane:
                 await self._close()
                 self._busy = False
             if not self._stopping:
-                await _pause(attempt)
+                await (self._wait_for_the_group() if fenced else _pause(attempt))
                 attempt += 1
+                fenced = False
+
+    async def _wait_for_the_group(self) -> None:
+        """Let the group find out and take the partition away.
+
+        Opening it at once would fence its new owner, who would fence us. Only if nothing has happened for longer than
+        the group needs is the partition ours again.
+        """
+        session_seconds = self._settings.kafka_session_timeout_ms / 1000
+        await asyncio.sleep(random.uniform(session_seconds, 2 * session_seconds))
 
     async def _close(self) -> None:
         try:

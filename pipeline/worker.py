@@ -21,6 +21,7 @@ from migrations import run as migrations
 from pipeline import logs
 from pipeline.app import RoleApp
 from pipeline.errors import StamplineError
+from pipeline.hashing import FileHasher
 from pipeline.logs import get_logger
 from pipeline.postgres import PostgresConnectionManager, tls_context
 from pipeline.settings import Settings
@@ -113,7 +114,8 @@ async def run_node(settings: Settings, roles: Sequence[str], *, transactions: bo
         apps: dict[str, RoleApp] = {}
         for role in roles:
             if role == "hasher":
-                apps[role] = hasher.create_app(settings, transactions=transactions)
+                file_hasher = stack.enter_context(FileHasher(settings))
+                apps[role] = hasher.create_app(settings, file_hasher, transactions=transactions)
             elif role == "reducer":
                 apps[role] = reducer.create_app(settings, transactions=transactions)
             else:
@@ -154,12 +156,15 @@ async def run_until_signalled(settings: Settings, roles: Sequence[str]) -> None:
 def stop_signal() -> asyncio.Event:
     """Return an event that SIGTERM and SIGINT set, instead of ending the process.
 
-    From then on the process ends within `STOP_SECONDS`. What is in flight is finished or given up in a fraction of
-    that; but aiokafka tries for minutes to say goodbye to a broker that is away, and cannot be cancelled in it.
+    From then on the process ends within `STOP_SECONDS`, and at once if it is told again. What is in flight is finished
+    or given up in a fraction of that; but aiokafka tries for minutes to say goodbye to a broker that is away, and
+    cannot be cancelled in it.
     """
     stop = asyncio.Event()
 
     def begin() -> None:
+        if stop.is_set():
+            os._exit(130)  # Asked twice: somebody does not want to wait.
         stop.set()
         last_resort = threading.Timer(STOP_SECONDS, _leave)
         last_resort.daemon = True

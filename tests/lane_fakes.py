@@ -166,4 +166,6 @@ def make_consumer(**options: Any) -> FakeConsumer:
         "batch_bytes_max": BYTES_MAX,
         "revoke_timeout_ms": 10_000,
     }
-    return FakeConsumer(Settings(**(bounds | options)))
+    settings = Settings(**(bounds | options))
+    # A fenced lane waits for a session; no real one is as short as a test would like.
+    return FakeConsumer(settings.model_copy(update={"kafka_session_timeout_ms": 1}))

@@ -23,9 +23,8 @@ pytestmark = pytest.mark.unit
 @pytest.fixture
 def hasher(tmp_path: Path) -> Iterator[FileHasher]:
     """A hasher that may read the test's folder, with few jobs at once."""
-    hasher = FileHasher(Settings(allowed_roots=(tmp_path,), hash_generator_pool_size=2))
-    yield hasher
-    hasher.close()
+    with FileHasher(Settings(allowed_roots=(tmp_path,), hash_generator_pool_size=2)) as hasher:
+        yield hasher
 
 
 def make_endless_file(path: Path) -> None:
@@ -85,9 +84,8 @@ async def test_batches_of_several_partitions_share_the_threads(hasher: FileHashe
 
 async def test_without_roots_every_file_is_refused() -> None:
     """The default settings allow nothing."""
-    hasher = FileHasher(Settings())
-    [found] = await hasher.digest(["file:///etc/hostname"])
-    hasher.close()
+    with FileHasher(Settings()) as hasher:
+        [found] = await hasher.digest(["file:///etc/hostname"])
     assert isinstance(found, ContentUnavailable)
     assert found.reason == "content_forbidden"
 
@@ -112,29 +110,19 @@ async def test_a_shortage_of_ours_fails_the_batch(hasher: FileHasher, tmp_path: 
 
 async def test_a_cancelled_batch_stops_reading(tmp_path: Path) -> None:
     """A partition that is taken away leaves no thread behind that reads for minutes."""
-    hasher = FileHasher(Settings(allowed_roots=(tmp_path,)))
     before = hash_threads()
     make_endless_file(tmp_path / "big")
-    task = asyncio.create_task(hasher.digest([f"file://{tmp_path}/big"] * 5))
-    while not hash_threads() - before:  # noqa: ASYNC110 (a thread's start has no event)
-        await asyncio.sleep(0)
+    with FileHasher(Settings(allowed_roots=(tmp_path,))) as hasher:
+        task = asyncio.create_task(hasher.digest([f"file://{tmp_path}/big"] * 5))
+        while not hash_threads() - before:  # noqa: ASYNC110 (a thread's start has no event)
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
 
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-
-    hasher.close()
     for thread in hash_threads() - before:
         await asyncio.to_thread(thread.join, 10)
         assert not thread.is_alive()
-
-
-async def test_closing_twice_is_safe(hasher: FileHasher, tmp_path: Path) -> None:
-    """An owner need not remember."""
-    (tmp_path / "a").touch()
-    await hasher.digest([f"file://{tmp_path}/a"])
-    hasher.close()
-    hasher.close()
 
 
 def test_a_job_is_cancelled_between_two_files_too(tmp_path: Path) -> None:
