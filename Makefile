@@ -49,7 +49,7 @@ bench: $(VENV)/.dev ## Measure throughput and freshness beside the limits of thi
 
 .PHONY: chaos
 chaos: $(VENV)/.dev ## Kill, pause and cut off real processes, and prove that nothing is lost or twice
-	@$(VENV)/bin/pytest -m chaos $(ARGS)
+	@$(VENV)/bin/pytest -m chaos -s $(ARGS)
 
 .PHONY: schema
 schema: $(VENV)/.dev ## Write pipeline/events.schema.json anew

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from pipeline.errors import ServiceUnavailable, StamplineError
+from pipeline.servers.database import find_programs
 
 Broker = Literal["embedded", "kafka"]
 ServerName = Literal["broker", "database"]
@@ -98,6 +100,12 @@ def run_services(
         yield Services(addresses.get("broker"), addresses.get("database"), guardian)
     finally:
         guardian.close()
+
+
+def find_psql() -> str | None:
+    """Return a psql to call: the one on the PATH, else the one in the wheel, else None."""
+    programs = find_programs()
+    return shutil.which("psql") or (str(programs / "psql") if programs is not None else None)
 
 
 class _GuardianProcess:

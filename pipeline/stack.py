@@ -26,11 +26,15 @@ _WATCH_SECONDS: Final = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """What runs: the settings to reach it, the roles of this process, and whether the broker has transactions."""
+    """What runs: the settings to reach it, the roles of this process, and what the services are like.
+
+    `transactions` tells whether the broker has them, `own_database` whether the database was started here.
+    """
 
     settings: Settings
     node: Node
     transactions: bool
+    own_database: bool
     _services: Services | None
 
     async def watch(self) -> None:
@@ -86,5 +90,6 @@ async def run_stack(
         say("starting hasher, reducer and projector")
         async with run_node(settings, ROLES, transactions=transactions) as node:
             await node.wait_until_ready()
-            yield Stack(settings, node, transactions, services if own_broker or own_database else None)
+            own_services = services if own_broker or own_database else None
+            yield Stack(settings, node, transactions, own_database, own_services)
             say("stopping")

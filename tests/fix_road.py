@@ -188,7 +188,8 @@ def make_events(count: int, uris: int, *, seed: int) -> list[FileEvent]:
 
 
 @contextmanager
-def _ending(road: Road) -> Iterator[Road]:
+def ending(road: Road) -> Iterator[Road]:
+    """Kill every node of a road in the end, frozen ones too."""
     try:
         yield road
     finally:
@@ -203,5 +204,5 @@ async def road(make_settings: MakeSettings, tmp_path: Path) -> AsyncIterator[Roa
     """A deployment of four partitions with its topics made and no node started; it may read files of this test."""
     settings = make_settings(kafka_topic_partitions=4, allowed_roots=(tmp_path,))
     await create_topics(settings)
-    with _ending(Road(settings, tmp_path)) as running:
+    with ending(Road(settings, tmp_path)) as running:
         yield running

@@ -11,6 +11,7 @@ import click
 
 from pipeline.cli.output import talk
 from pipeline.client import EventProducer
+from pipeline.embedded import find_psql
 from pipeline.follow import follow
 from pipeline.stack import Stack, run_stack
 from pipeline.worker import stop_signal, until
@@ -64,9 +65,11 @@ def show_where_to_look(stack: Stack) -> None:
     """Tell how to reach what runs."""
     settings = stack.settings
     talk(f"broker:    {settings.kafka_bootstrap_servers}")
-    talk(f"database:  {settings.postgres_place}")
-    if settings.postgres_dsn is not None and "password" not in settings.postgres_url:
-        talk(f"look:      psql '{settings.postgres_url}' -c 'TABLE files LIMIT 10'")
+    if stack.own_database:
+        talk(f"database:  {settings.postgres_url}")
+        talk(f"look:      {find_psql() or 'psql'} '{settings.postgres_url}' -c 'TABLE files LIMIT 10'")
+    else:
+        talk(f"database:  {settings.postgres_place}")  # Without its password.
     for url in stack.node.web_urls:
         talk(f"web:       {url} (Faust's view on the tables of this process)")
     talk("stop:      Ctrl-C")

