@@ -24,7 +24,7 @@ from pipeline.errors import ServiceUnavailable
 from pipeline.events import RECORD_MAX_BYTES, URI_MAX_BYTES, FileEvent, decode_event, encode_event
 from pipeline.kafka import kafka_errors, kafka_options, missing_topic, partition_for
 from pipeline.settings import Settings
-from pipeline.topics import FILE_EVENTS, topic_name
+from pipeline.topics import FILE_EVENTS, has_transactions, topic_name
 
 _BATCH_BYTES_MAX: Final = 1024 * 1024
 # The largest record of the contract, its key and what Kafka puts round them.
@@ -53,13 +53,10 @@ class EventProducer:
 
     Args:
         settings: where Kafka is, and the prefix of its topics.
-        idempotent: retries never write twice. Off only on the embedded broker, which cannot do it; an event that is
-            then written twice still counts once, by its event id.
     """
 
-    def __init__(self, settings: Settings, *, idempotent: bool = True) -> None:
+    def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._idempotent = idempotent
         self._topic = topic_name(settings, FILE_EVENTS)
         self._delivery_timeout_s = _DELIVERY_ATTEMPTS * settings.kafka_request_timeout_ms / 1000
         self._driver: Any = None
@@ -82,11 +79,14 @@ class EventProducer:
             TopicError: there is no such topic.
         """
         assert self._driver is None, "a producer is opened once"
+        idempotent = await has_transactions(self._settings)
         self._driver = AIOKafkaProducer(
             **kafka_options(self._settings),
             client_id="stampline-client",
             acks="all",
-            enable_idempotence=self._idempotent,
+            # Retries never write twice. The embedded broker cannot do that: what is written twice there still counts
+            # once, by its event id.
+            enable_idempotence=idempotent,
             linger_ms=0,  # what comes while a request is out goes into the next: batches without a delay
             max_batch_size=_BATCH_BYTES_MAX,
             max_request_size=_REQUEST_BYTES_MAX,

@@ -23,7 +23,6 @@ METADATA_MAX_BYTES: Final = 8 * 1024
 #: Without it the verdict on deep nesting would depend on how deep the stack is that decodes it.
 METADATA_LEVELS_MAX: Final = 32
 RECORD_MAX_BYTES: Final = 1024 * 1024
-DIGEST_BYTES: Final = 32
 
 #: The key of a progress record. A uri cannot contain NUL, so no file can have this key.
 PROGRESS_KEY: Final = b"\x00progress"

@@ -26,14 +26,10 @@ _WATCH_SECONDS: Final = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """What runs: the settings to reach it, the roles of this process, and what the services are like.
-
-    `transactions` tells whether the broker has them, `own_database` whether the database was started here.
-    """
+    """What runs: the settings to reach it, the roles of this process, and whether the database was started here."""
 
     settings: Settings
     node: Node
-    transactions: bool
     own_database: bool
     _services: Services | None
 
@@ -91,5 +87,5 @@ async def run_stack(
         async with run_node(settings, ROLES, transactions=transactions) as node:
             await node.wait_until_ready()
             own_services = services if own_broker or own_database else None
-            yield Stack(settings, node, transactions, own_database, own_services)
+            yield Stack(settings, node, own_database, own_services)
             say("stopping")

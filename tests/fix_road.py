@@ -28,7 +28,7 @@ from blake3 import blake3
 from pipeline.client import EventProducer, Position
 from pipeline.events import FileEvent
 from pipeline.settings import Settings
-from pipeline.topics import create_topics, has_transactions
+from pipeline.topics import create_topics
 from tests.fix_services import MakeSettings
 
 #: Longest that anything here may take, in s.
@@ -88,7 +88,7 @@ class Road:
 
     async def send(self, events: Sequence[FileEvent]) -> list[Position]:
         """Send events and return where they stand."""
-        async with EventProducer(self.settings, idempotent=await has_transactions(self.settings)) as producer:
+        async with EventProducer(self.settings) as producer:
             return await producer.send_all(events)
 
     async def send_raw(self, key: bytes | None, value: bytes | None, partition: int) -> None:

@@ -46,11 +46,6 @@ class SharedServices:
     kafka_bootstrap_servers: str
     postgres_dsn: str
 
-    @property
-    def has_transactions(self) -> bool:
-        """False where the broker cannot fence a writer, as the embedded one."""
-        return self.kind != "embedded"
-
 
 def pytest_configure(config: pytest.Config) -> None:
     """Choose the services, before any test is collected."""

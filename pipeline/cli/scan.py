@@ -13,7 +13,6 @@ from pipeline import scan as scanning
 from pipeline.cli.output import print_json, talk
 from pipeline.client import EventProducer
 from pipeline.settings import Settings, load_settings
-from pipeline.topics import has_transactions
 
 
 @click.command("scan")
@@ -36,7 +35,6 @@ async def scan_paths(
 ) -> scanning.ScanResult:
     """Scan with a progress bar on a terminal."""
     console = Console(stderr=True)
-    idempotent = await has_transactions(settings)
     with Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -51,7 +49,7 @@ async def scan_paths(
         def show(result: scanning.ScanResult) -> None:
             bar.update(task, completed=result.files, bytes=result.bytes)
 
-        async with EventProducer(settings, idempotent=idempotent) as producer:
+        async with EventProducer(settings) as producer:
             return await scanning.scan(paths, producer, namespace=namespace, on_progress=show)
 
 

@@ -56,7 +56,7 @@ async def _up(path: Path | None, broker: Any, data: Path | None) -> None:
         if path is None:
             await until(stop, stack.watch())
             return
-        async with EventProducer(stack.settings, idempotent=stack.transactions) as producer:
+        async with EventProducer(stack.settings) as producer:
             talk(f"following {path}")
             await until(stop, stack.watch(), follow(path, producer))
 

@@ -54,7 +54,7 @@ async def test_standard_library_becomes_rows(make_settings: MakeSettings, tmp_pa
     transactions = await has_transactions(road.settings)
     async with (
         run_node(road.settings, ROLES, transactions=transactions) as node,
-        EventProducer(road.settings, idempotent=transactions) as producer,
+        EventProducer(road.settings) as producer,
     ):
         await node.wait_until_ready()
         result = await scan([root], producer)
