@@ -35,6 +35,8 @@ _INT64_MAX: Final = 2**63 - 1
 _EARLIEST: Final = datetime(1, 1, 2, tzinfo=UTC)
 _LATEST: Final = datetime(9999, 12, 30, tzinfo=UTC)
 Op = Literal["created", "modified", "deleted", "moved"]
+#: After these the file at the event's uri is not there any more, and no content is needed.
+GONE_OPS: Final = frozenset({"deleted", "moved"})
 Outcome = Literal["committed", "unchanged", "duplicate", "conflict", "deferred", "gave_up", "rejected"]
 OUTCOMES: Final[tuple[Outcome, ...]] = (
     "committed",

@@ -12,7 +12,16 @@ from typing import Any, NamedTuple
 
 from pipeline.contents import Digest
 from pipeline.errors import InputRejected
-from pipeline.events import ATTEMPT_HEADER, FileEvent, Stamp, decode_event, encode_metadata, encode_record, sketch_event
+from pipeline.events import (
+    ATTEMPT_HEADER,
+    GONE_OPS,
+    FileEvent,
+    Stamp,
+    decode_event,
+    encode_metadata,
+    encode_record,
+    sketch_event,
+)
 from pipeline.hashing import digest_inline
 from pipeline.records import Record, dead_letter
 
@@ -42,7 +51,7 @@ def _read(record: Any, inline_max_bytes: int) -> ReadRecord:
     except InputRejected as exc:
         return ReadRecord(record, None, exc, wanted=False)
     content = event.content
-    if event.op in {"deleted", "moved"}:
+    if event.op in GONE_OPS:
         return ReadRecord(record, event, None, wanted=False)
     if content is None:
         return ReadRecord(record, event, None, wanted=True)

@@ -46,6 +46,11 @@ class PartitionReport:
     faults: list[str] = field(default_factory=list)
 
 
+def all_faults(reports: Sequence[PartitionReport]) -> list[str]:
+    """Return every fault with its partition; none means that all is proved."""
+    return [f"partition {report.partition}: {fault}" for report in reports for fault in report.faults]
+
+
 @dataclass(frozen=True, slots=True)
 class _Projected:
     """One partition as PostgreSQL shows it."""

@@ -32,6 +32,7 @@ from typing import Final, Literal, NamedTuple
 from msgspec.structs import replace
 
 from pipeline.events import (
+    GONE_OPS,
     OUTCOMES,
     Before,
     Change,
@@ -45,7 +46,6 @@ from pipeline.events import (
     recent_events,
 )
 
-_GONE: Final = frozenset({"deleted", "moved"})
 _NOTHING_YET: Final = Progress(next_input_offset=-1, outcomes={})
 
 
@@ -123,7 +123,7 @@ def reduce(state: FileState | None, stamp: Stamp, rules: Rules) -> Reduced:
     assert stamp.op is not None
     assert stamp.namespace is not None
     assert stamp.occurred_at is not None
-    gone = stamp.op in _GONE
+    gone = stamp.op in GONE_OPS
     return Reduced(
         "committed",
         FileState(
@@ -247,7 +247,7 @@ def _change(state: FileState | None, stamp: Stamp, reduced: Reduced) -> Change:
 
 def _same(state: FileState, stamp: Stamp) -> bool:
     return (
-        state.deleted == (stamp.op in _GONE)
+        state.deleted == (stamp.op in GONE_OPS)
         and (state.deleted or state.digest == stamp.digest)
         and state.namespace == stamp.namespace
         and state.metadata == stamp.metadata

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import copy
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
+import pytest
 from faust.types import TP
+from structlog.testing import capture_logs
 
+from pipeline import lanes as lanes_module
 from pipeline.lanes import Batch, Lanes
 from pipeline.settings import Settings
 
@@ -169,3 +172,21 @@ def make_consumer(**options: Any) -> FakeConsumer:
     settings = Settings(**(bounds | options))
     # A fenced lane waits for a session; no real one is as short as a test would like.
     return FakeConsumer(settings.model_copy(update={"kafka_session_timeout_ms": 1}))
+
+
+@pytest.fixture
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Pauses before another try are drawn as always, but from a range that tests can wait for; logs are kept back."""
+    monkeypatch.setattr(lanes_module, "_BACKOFF_BASE_SECONDS", 0.0005)
+    monkeypatch.setattr(lanes_module, "_BACKOFF_CAP_SECONDS", 0.002)
+    with capture_logs():
+        yield
+
+
+@pytest.fixture
+async def consumer() -> AsyncIterator[FakeConsumer]:
+    """A consumer whose lanes end with the test."""
+    consumer = make_consumer()
+    yield consumer
+    async with asyncio.timeout(20):
+        await consumer.lanes.aclose()

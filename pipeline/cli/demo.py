@@ -19,9 +19,8 @@ from pipeline.cli.scan import scan_paths
 from pipeline.cli.up import folder_argument, show_where_to_look, stack_options
 from pipeline.errors import StamplineError
 from pipeline.postgres import PostgresConnectionManager
-from pipeline.settings import Settings
 from pipeline.stack import Stack, run_stack
-from pipeline.verify import verify
+from pipeline.verify import all_faults, verify
 from pipeline.worker import stop_signal, until
 from projections.queries import query
 
@@ -74,7 +73,7 @@ async def _show(stack: Stack, root: Path, *, as_json: bool, progress: bool) -> i
             summary = await connection.fetchrow(query("summary"), started_at)
             groups = await connection.fetch(query("duplicate_groups"))
     assert summary is not None
-    fault = await _verify(stack.settings)
+    fault = "; ".join(all_faults(await verify(stack.settings)))
     p50, p99 = summary["freshness_ms"] or (0.0, 0.0)
     result = {
         "files": summary["files"],
@@ -111,11 +110,6 @@ def _print_groups(groups: list[Any]) -> None:
             ],
             title=f"the {min(_GROUPS_SHOWN, len(groups))} biggest of {len(groups)} groups of equal files",
         )
-
-
-async def _verify(settings: Settings) -> str | None:
-    faults = [f"partition {report.partition}: {fault}" for report in await verify(settings) for fault in report.faults]
-    return "; ".join(faults) or None
 
 
 async def _wait_until_visible(manager: PostgresConnectionManager, wanted: Mapping[int, int], *, progress: bool) -> None:

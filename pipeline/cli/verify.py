@@ -8,8 +8,9 @@ from dataclasses import asdict
 import click
 
 from pipeline.cli.output import print_json, print_table
+from pipeline.events import OUTCOMES
 from pipeline.settings import load_settings
-from pipeline.verify import verify
+from pipeline.verify import all_faults, verify
 
 
 @click.command("verify")
@@ -17,17 +18,19 @@ from pipeline.verify import verify
 def command(*, as_json: bool) -> int:
     """Compare the log, the table and PostgreSQL; exit code 3 if they do not agree. Works on a running system."""
     reports = asyncio.run(verify(load_settings()))
-    faults = [f"partition {report.partition}: {fault}" for report in reports for fault in report.faults]
+    faults = all_faults(reports)
     if as_json:
         print_json({"verify": "; ".join(faults) or "ok", "partitions": [asdict(report) for report in reports]})
     else:
+        # A column for each outcome that any partition has, so that all rows have the same.
+        shown = [name for name in OUTCOMES if any(report.outcomes[name] for report in reports)]
         print_table(
             [
                 {
                     "partition": report.partition,
                     "inputs": report.inputs,
                     "pending": report.pending,
-                    **{name: count for name, count in report.outcomes.items() if count},
+                    **{name: report.outcomes[name] for name in shown},
                     "files": report.files,
                     "verify": "; ".join(report.faults) or "ok",
                 }

@@ -21,6 +21,7 @@ import asyncpg
 import pytest
 from aiokafka.admin import NewTopic
 
+from pipeline.client import Position
 from pipeline.embedded import run_services
 from pipeline.settings import Settings
 from pipeline.topics import admin_client, create_topics
@@ -289,6 +290,19 @@ async def test_verify_finds_what_was_tampered_with(road: Road) -> None:
     assert bad.returncode == 3
     assert "file:///made/7.bin" in json.loads(bad.stdout)["verify"]
     assert "neither in the history nor dead letters" in json.loads(bad.stdout)["verify"]
+
+
+async def test_verify_shows_each_outcome_in_its_own_column(road: Road) -> None:
+    """Partitions with different outcomes still have the same columns, in the table for people."""
+    road.start("hasher", "reducer", "projector")
+    positions = await road.send(make_events(100, 40, seed=9))
+    await road.send_raw(b"file:///bad", b"no JSON", partition=3)
+    await road.until_visible([*positions, Position(3, max(p.offset for p in positions if p.partition == 3) + 1)])
+    lines = stampline(road.settings, "verify").stdout.splitlines()
+
+    assert lines[0].split() == ["partition", "inputs", "pending", "committed", "rejected", "files", "verify"]
+    assert [line.split()[-1] for line in lines[1:]] == ["ok"] * 4
+    assert [line.split()[4] for line in lines[1:]] == ["0", "0", "0", "1"]
 
 
 async def test_status_shows_how_far_each_partition_has_come(road: Road) -> None:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Iterator
 
 import pytest
-from structlog.testing import capture_logs
 
 from pipeline import lanes as lanes_module
 from pipeline.errors import BatchAborted, PartitionFenced, PositionLost, ServiceUnavailable
@@ -25,25 +23,7 @@ from tests.lane_fakes import (
     waiting,
 )
 
-pytestmark = pytest.mark.unit
-
-
-@pytest.fixture(autouse=True)
-def short_pauses(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Pauses before another try are drawn as always, but from a range that tests can wait for; logs are kept back."""
-    monkeypatch.setattr(lanes_module, "_BACKOFF_BASE_SECONDS", 0.0005)
-    monkeypatch.setattr(lanes_module, "_BACKOFF_CAP_SECONDS", 0.002)
-    with capture_logs():
-        yield
-
-
-@pytest.fixture
-async def consumer() -> AsyncIterator[FakeConsumer]:
-    """A consumer whose lanes end with the test."""
-    consumer = make_consumer()
-    yield consumer
-    async with asyncio.timeout(20):
-        await consumer.lanes.aclose()
+pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("short_pauses")]
 
 
 async def test_records_gather_while_a_batch_is_in_flight(consumer: FakeConsumer) -> None:

@@ -3,34 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
 
 import pytest
-from structlog.testing import capture_logs
 
 from pipeline import lanes as lanes_module
 from pipeline.errors import ServiceUnavailable
 from tests.lane_fakes import A, B, FakeConsumer, failing, make_consumer, until, waiting
 
-pytestmark = pytest.mark.unit
-
-
-@pytest.fixture(autouse=True)
-def short_pauses(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Pauses before another try are drawn as always, but from a range that tests can wait for; logs are kept back."""
-    monkeypatch.setattr(lanes_module, "_BACKOFF_BASE_SECONDS", 0.0005)
-    monkeypatch.setattr(lanes_module, "_BACKOFF_CAP_SECONDS", 0.002)
-    with capture_logs():
-        yield
-
-
-@pytest.fixture
-async def consumer() -> AsyncIterator[FakeConsumer]:
-    """A consumer whose lanes end with the test."""
-    consumer = make_consumer()
-    yield consumer
-    async with asyncio.timeout(20):
-        await consumer.lanes.aclose()
+pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("short_pauses")]
 
 
 async def test_an_ending_lane_gives_its_batch_time(consumer: FakeConsumer) -> None:
