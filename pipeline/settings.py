@@ -47,6 +47,24 @@ class Settings(BaseSettings):
     database_pool_min_size: int = Field(5, ge=1, le=1000, description="connections kept open by each process")
     database_pool_max_size: int = Field(20, ge=1, le=1000, description="most connections of each process")
     database_command_timeout_seconds: float = Field(60, gt=0, description="longest a statement may take, in s")
+    db_circuit_breaker_failure_threshold: int = Field(
+        5, ge=1, le=1000, description="failures in a row after which PostgreSQL is left alone"
+    )
+    db_circuit_breaker_recovery_timeout: float = Field(
+        60, gt=0, le=3600, description="how long it is left alone before it is tried again, in s"
+    )
+    db_circuit_breaker_half_open_max_calls: int = Field(
+        3, ge=1, le=1000, description="most calls at once while it is tried; so many successes end the pause"
+    )
+    postgres_pool_exhaustion_threshold: float = Field(
+        0.90, gt=0, le=1, description="share of the connections in use from which on a warning is logged"
+    )
+    postgres_pool_exhaustion_log_interval: float = Field(
+        60, ge=0, description="least time between two such warnings, in s"
+    )
+    postgres_max_metrics_stored: int = Field(
+        10_000, ge=1000, le=1_000_000, description="statements whose duration is remembered"
+    )
 
     kafka_bootstrap_servers: str = Field("localhost:9092", description="comma-separated host:port of the brokers")
     kafka_security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field(
@@ -76,12 +94,23 @@ class Settings(BaseSettings):
     kafka_session_timeout_ms: int = Field(
         6000, ge=1000, le=300_000, description="a node silent for so long loses its partitions, in ms"
     )
+    kafka_group_instance_id: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9._-]{1,200}$",
+        description="name of this process in its consumer groups, kept over a restart: then its partitions stay its own"
+        " for the session timeout; default: none, partitions move at once",
+    )
     kafka_request_timeout_ms: int = Field(20_000, ge=1000, le=300_000, description="longest wait for a broker, in ms")
 
     batch_records_max: int = Field(8000, ge=1, le=100_000, description="most records in one batch")
     batch_bytes_max: int = Field(16 * 2**20, ge=2**20, le=2**28, description="a batch is closed past so many bytes")
     revoke_timeout_ms: int = Field(
         2000, ge=10, description="how long a batch in flight may go on when its partition is revoked, in ms"
+    )
+    table_store: Literal["memory", "rocksdb"] = Field("memory", description="where the state of tables is kept")
+    table_dir: Path | None = Field(None, description="folder for TABLE_STORE=rocksdb, of this process alone")
+    table_standby_replicas: int = Field(
+        0, ge=0, le=10, description="other nodes that keep a copy of each partition's state up to date"
     )
     retry_max_attempts: int = Field(5, ge=1, le=100, description="times an event from the future is sent in again")
     retry_backoff_base_ms: int = Field(10, ge=1, description="shortest pause before that, in ms")
@@ -130,6 +159,8 @@ class Settings(BaseSettings):
                 faults.append(f"KAFKA_SASL_USERNAME is {because}")
             if self.kafka_sasl_password is None and self.kafka_sasl_password_file is None:
                 faults.append(f"KAFKA_SASL_PASSWORD or KAFKA_SASL_PASSWORD_FILE is {because}")
+        if self.table_store == "rocksdb" and self.table_dir is None:
+            faults.append("TABLE_DIR is needed with TABLE_STORE=rocksdb: a folder that this process has for itself")
         if self.kafka_ssl_key is not None and self.kafka_ssl_cert is None:
             faults.append("KAFKA_SSL_CERT is needed with KAFKA_SSL_KEY")
         faults += _file_faults({name: getattr(self, name) for name in _FILES})

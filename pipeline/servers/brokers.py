@@ -125,8 +125,12 @@ class Kafka(_Broker):
         part.rename(self._state)
 
     def _write_properties(self, state: Path) -> None:
+        properties = self._make_properties(state)
+        self._properties.write_text("".join(f"{name}={value}\n" for name, value in properties.items()))
+
+    def _make_properties(self, state: Path) -> dict[str, object]:
         listeners = f"PLAINTEXT://{self.address},CONTROLLER://127.0.0.1:{self._controller_port}"
-        properties = {
+        return {
             "process.roles": "broker,controller",
             "node.id": 1,
             "listeners": listeners,
@@ -158,7 +162,6 @@ class Kafka(_Broker):
             # The default takes 128 MiB of the heap.
             "log.cleaner.dedupe.buffer.size": 16 * 2**20,
         }
-        self._properties.write_text("".join(f"{name}={value}\n" for name, value in properties.items()))
 
     async def _fetch_libraries(self) -> Path:
         cache = Path.home() / ".cache" / "stampline"
