@@ -56,6 +56,14 @@ _ABORTED: Final = (
     # A migration ran under a prepared statement; the next transaction prepares it anew.
     asyncpg.InvalidCachedStatementError,
 )
+#: The server or the driver does not take these values; the same statement will never succeed.
+_REFUSED: Final = (
+    asyncpg.DataError,
+    # What the driver finds itself, before anything is sent, is another class of the same name.
+    asyncpg.exceptions._base.DataError,  # noqa: SLF001 - it is public under no name
+    asyncpg.IntegrityConstraintViolationError,
+    asyncpg.ProgramLimitExceededError,
+)
 _NOT_MIGRATED: Final = (
     asyncpg.UndefinedTableError,
     asyncpg.UndefinedColumnError,
@@ -183,13 +191,18 @@ def connecting(dsn: str) -> Iterator[None]:
         raise ours from exc
 
 
+def refuses_data(exc: BaseException) -> bool:
+    """Whether an error is about the values that were written, so that trying again cannot help."""
+    return isinstance(exc, _REFUSED)
+
+
 def translate(exc: BaseException, dsn: str) -> StamplineError | None:
     """Turn an error of asyncpg or of the network into ours, with one line that says what to do.
 
     `dsn` tells where the server is; its password is never used. Return None for what is not about the connection,
     the transaction or the schema: an error in the data or in our own code.
     """
-    if isinstance(exc, asyncpg.DataError):
+    if refuses_data(exc):
         return None
     if isinstance(exc, asyncpg.InvalidAuthorizationSpecificationError):
         return SettingsError(
