@@ -14,8 +14,11 @@ from typing import Any, ClassVar, Final, cast
 
 import faust
 from aiohttp.web import BaseSite, SockSite
+from aiokafka.coordinator.protocol import ConsumerProtocolMemberAssignment
 from faust.app.base import BootStrategy
 from faust.app.router import Router
+from faust.assignor.client_assignment import ClientMetadata
+from faust.assignor.partition_assignor import PartitionAssignor
 from faust.tables.manager import TableManager
 from faust.tables.recovery import RebalanceAgain, Recovery, ServiceStopped
 from faust.transport.drivers import TRANSPORTS
@@ -27,6 +30,7 @@ from yarl import URL
 from pipeline.errors import ServiceUnavailable, StamplineError
 from pipeline.kafka import partition_for
 from pipeline.lanes import Role
+from pipeline.logs import get_logger
 from pipeline.settings import Settings
 from pipeline.topics import topic_name
 from pipeline.transport import BatchConsumer, BatchSchema
@@ -35,6 +39,8 @@ TRANSPORTS.aliases["batch"] = "pipeline.transport:Transport"
 
 #: Where the web views of nodes begin to look for a free port.
 _WEB_PORT: Final = 6066
+
+log = get_logger("stampline.app")
 
 #: Faust reads settings from variables with this prefix; nobody sets them.
 _ENV_PREFIX: Final = "STAMPLINE_FAUST_"
@@ -79,6 +85,29 @@ class LaneTableManager(TableManager):
         """Start at once; Faust would sleep for a second."""
         await self._update_channels()
         await self.recovery.start()
+
+
+class NodeAssignor(PartitionAssignor):
+    """Faust's assignor, for a node that may come back under another web address.
+
+    A static member that starts again is given what its former self had, together with that one's address; Faust
+    asserts that it gets its own address back, and its coordinator would die of it.
+    """
+
+    def on_assignment(self, assignment: Any) -> None:
+        """Take over an assignment as if it had been made for this very process."""
+        told = ClientMetadata.loads(self._decompress(assignment.user_data))
+        former, url = told.url, str(self._url)
+        if former != url:
+            log.info("assignment_of_former_self", former_url=former, url=url)
+            for places in (told.changelog_distribution, told.external_topic_distribution):
+                if former in places:
+                    places[url] = places.pop(former)
+            told.url = url
+            assignment = ConsumerProtocolMemberAssignment(
+                assignment.version, assignment.assignment, self._compress(told.dumps())
+            )
+        super().on_assignment(assignment)
 
 
 class KeyRouter(Router):
@@ -131,6 +160,7 @@ class RoleApp(faust.App):
             env_prefix=_ENV_PREFIX,
             broker=f"batch://{settings.kafka_bootstrap_servers.split(',')[0]}",
             TableManager=LaneTableManager,
+            PartitionAssignor=NodeAssignor,
             Router=KeyRouter,
             broker_session_timeout=session_seconds,
             broker_heartbeat_interval=session_seconds / 4,
@@ -186,6 +216,11 @@ class RoleApp(faust.App):
             return self.crash_reason or StamplineError("it crashed")
         if self.batch_consumer.lanes.ended:
             return StamplineError("the lane of a partition has ended")
+        if self.batch_consumer.has_namesake:
+            return StamplineError(
+                f"another process uses KAFKA_GROUP_INSTANCE_ID={self.settings.kafka_group_instance_id} too: "
+                "give each process a name of its own"
+            )
         tasks = [actor.actor_task for agent in self.agents.values() for actor in agent._actors]  # noqa: SLF001
         tasks += self.batch_consumer.thread.coordinator_tasks()
         for task in tasks:

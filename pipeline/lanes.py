@@ -131,6 +131,11 @@ class Lane:
         """Whether the lane's task has ended though nobody asked it to: a fault of ours."""
         return self._task.done() and not self._stopping
 
+    def report(self, status: str) -> None:
+        """Tell how far the opening has come, for those who look at the node."""
+        if not self._open:
+            self.status = status
+
     @property
     def has_room(self) -> bool:
         """Whether more records may be fetched."""
@@ -277,6 +282,11 @@ class Lanes:
         """Hand fetched records to the lane of their partition, with the start of it that they were fetched after."""
         if tp in self._lanes:
             self._lanes[tp].offer(start, records)
+
+    def report(self, tp: TP, status: str) -> None:
+        """Tell how far the opening of a partition has come: a role calls it from its `open`."""
+        if tp in self._lanes:
+            self._lanes[tp].report(status)
 
     def lose_position(self, tp: TP) -> None:
         """Tell a lane that the log does not hold its position."""

@@ -17,7 +17,8 @@ A lane's failure is its own: the other partitions go on.
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
+import random
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Container, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -46,6 +47,9 @@ _FETCH_BYTES = 32 * 2**20
 #: Longest a fetch waits for a first record, in ms: a partition left out of it waits so long at most.
 _FETCH_WAIT_MS = 100
 _POLL_SECONDS = 1.0
+#: A member that is assigned partitions so often in a row without a rebalance between is not alone in having its name.
+#: A range to draw from, lest both give way.
+_SAME_GENERATION_MAX = (5, 10)
 
 
 class BatchApp(Protocol):
@@ -112,6 +116,8 @@ class BatchConsumerThread(driver.AIOKafkaConsumerThread):
         return AIOKafkaConsumer(
             **kafka_options(settings),
             group_id=app.conf.id,
+            # A static member does not say goodbye: its partitions wait for it as long as a session.
+            group_instance_id=settings.kafka_group_instance_id,
             partition_assignment_strategy=[app.assignor],
             enable_auto_commit=False,
             # Positions are ours: a position that the log does not hold must be an error, never a jump.
@@ -199,6 +205,7 @@ class BatchConsumer(driver.Consumer):
         super().__init__(*args, **kwargs)
         app = self.thread.batch_app
         self.lanes = Lanes(app.role, self, app.settings)
+        self._generations: deque[int] = deque(maxlen=random.randint(*_SAME_GENERATION_MAX))
 
     def _new_consumer_thread(self) -> BatchConsumerThread:
         return BatchConsumerThread(self, loop=self.loop, beacon=self.beacon)
@@ -286,8 +293,19 @@ class BatchConsumer(driver.Consumer):
 
     async def on_partitions_assigned(self, assigned: set[TP], generation_id: int = 0) -> None:
         """Start a lane for each input partition. Opening them happens beside the heartbeats, not here."""
+        self._generations.append(generation_id)
         await super().on_partitions_assigned(assigned, generation_id)
         self.lanes.assign({tp for tp in assigned if not self._is_changelog_tp(tp)})
+
+    @property
+    def has_namesake(self) -> bool:
+        """Whether another process seems to use the same `KAFKA_GROUP_INSTANCE_ID`.
+
+        The broker then gives the one name's partitions to whichever process asked last, and the other one asks again,
+        without a rebalance: the generation stays the same. Kafka's answer to the loser, that it is fenced, does not
+        reach aiokafka, whose heartbeats do not carry the name.
+        """
+        return len(self._generations) == self._generations.maxlen and len(set(self._generations)) == 1
 
     async def on_partitions_revoked(self, revoked: set[TP]) -> None:
         """End every lane within the bound before the partitions go."""

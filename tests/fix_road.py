@@ -105,7 +105,7 @@ class Road:
         finally:
             await producer.stop()
 
-    async def until_visible(self, positions: Sequence[Position]) -> None:
+    async def until_visible(self, positions: Sequence[Position], *, may_fail: Sequence[NodeProcess] = ()) -> None:
         """Wait until the watermark of each partition has passed all these positions."""
         wanted: dict[int, int] = {}
         for partition, offset in positions:
@@ -118,16 +118,20 @@ class Road:
             marks = {row["partition"]: row["at"] for row in rows}
             return all(marks.get(partition, 0) >= offset for partition, offset in wanted.items())
 
-        await self.until(reached)
+        await self.until(reached, may_fail=may_fail)
 
-    async def until(self, condition: Callable[[], Any]) -> None:
-        """Wait for a condition, and fail with the nodes' logs if it does not come or a node dies."""
+    async def until(self, condition: Callable[[], Any], *, may_fail: Sequence[NodeProcess] = ()) -> None:
+        """Wait for a condition, and fail with the nodes' logs if it does not come or one of the other nodes dies."""
         deadline = time.monotonic() + DEADLINE_SECONDS
         while True:
             result = condition()
             if await result if asyncio.iscoroutine(result) else result:
                 return
-            dead = [node for node in self.nodes if node.process.poll() not in {None, 0, -signal.SIGKILL}]
+            dead = [
+                node
+                for node in self.nodes
+                if node not in may_fail and node.process.poll() not in {None, 0, -signal.SIGKILL}
+            ]
             if dead or time.monotonic() > deadline:
                 tails = "\n".join(f"--- {node.log.name}\n{node.log.read_text()[-3000:]}" for node in dead or self.nodes)
                 pytest.fail(f"{'a node has died' if dead else 'the condition did not come'}\n{tails}")

@@ -36,7 +36,7 @@ from mode import Service
 from mode.threads import QueueServiceThread
 
 import pipeline.transactions  # noqa: F401 (it sets the pause between transactions)
-from pipeline.app import ConsumerOnly, KeyRouter, LaneRecovery, LaneTableManager, RoleApp, SocketWeb
+from pipeline.app import ConsumerOnly, KeyRouter, LaneRecovery, LaneTableManager, NodeAssignor, RoleApp, SocketWeb
 from pipeline.settings import Settings
 from pipeline.transport import BatchConsumer, BatchConsumerThread, BatchSchema, Transport
 from tables.store import BatchStore, BatchTable
@@ -87,12 +87,12 @@ def test_the_versions_are_those_that_were_read(distribution: str, series: str) -
 
 
 OURS = [
-    RoleApp, ConsumerOnly, LaneRecovery, LaneTableManager, KeyRouter, SocketWeb,
+    RoleApp, ConsumerOnly, LaneRecovery, LaneTableManager, KeyRouter, NodeAssignor, SocketWeb,
     BatchConsumer, BatchConsumerThread, BatchSchema, Transport, BatchStore, BatchTable,
 ]  # fmt: skip
 #: What these classes have beside what they override.
 ADDED = {
-    "BatchConsumer": {"thread", "_fetch", "deliver", "log_range", "commit_offsets", "start_at"},
+    "BatchConsumer": {"thread", "_fetch", "deliver", "log_range", "commit_offsets", "start_at", "has_namesake"},
     "BatchConsumerThread": {
         "batch_app", "commit_offsets", "log_range", "_log_range", "coordinator_tasks", "wake", "_wake",
         "start_at", "_start_at", "fetch", "_fetch",
