@@ -1,8 +1,9 @@
 """The connections to PostgreSQL, and the one place that knows asyncpg's errors.
 
 Every connection that stampline uses comes through `PostgresConnectionManager.connection`, so whatever has to see every
-use of the database (a breaker, a monitor, metrics) has one place to stand. What goes wrong inside comes out as an error
-of ours; an error in the *data* passes unchanged, because only the caller knows which record it was.
+use of the database has one place to stand: the breaker, the monitor of the pool, the metrics of the statements. What
+goes wrong inside comes out as an error of ours; an error in the *data* passes unchanged, because only the caller knows
+which record it was.
 """
 
 from __future__ import annotations
@@ -11,16 +12,21 @@ import asyncio
 import errno
 import socket
 import ssl
-from collections.abc import AsyncIterator, Iterator
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from types import TracebackType
-from typing import Final, Self, TypeAlias
+from typing import Any, Final, Self, TypeAlias
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import asyncpg
 from asyncpg.pool import PoolConnectionProxy
 
+from pipeline.breaker import DatabaseCircuitBreaker
+from pipeline.connections import END_TIMEOUT_SECONDS, GuardedConnection
 from pipeline.errors import BatchAborted, ServiceUnavailable, SettingsError, StamplineError
+from pipeline.pool import PoolMonitor, PoolStats
+from pipeline.querymetrics import QueryMetrics
 from pipeline.settings import Settings
 
 #: What `PostgresConnectionManager.connection` lends. (A string, for asyncpg is generic in its stubs only.)
@@ -34,16 +40,21 @@ CLOSE_TIMEOUT_SECONDS: Final = 5
 # A process that freezes inside a transaction (paused, swapped out) keeps its row locks; so long and no longer.
 _IDLE_IN_TRANSACTION_MS: Final = 30_000
 
-_UNAVAILABLE: Final = (
+#: No connection, or none any more: what the breaker counts.
+_UNCONNECTED: Final = (
     OSError,
     TimeoutError,
     asyncpg.InterfaceError,
     asyncpg.PostgresConnectionError,
-    # Too many connections, disk full, out of memory.
-    asyncpg.InsufficientResourcesError,
+    asyncpg.TooManyConnectionsError,
     asyncpg.CannotConnectNowError,
     asyncpg.AdminShutdownError,
     asyncpg.CrashShutdownError,
+)
+_UNAVAILABLE: Final = (
+    *_UNCONNECTED,
+    # Disk full, out of memory: it answers, so that leaving it alone would help nobody.
+    asyncpg.InsufficientResourcesError,
     # The primary has moved away and this is a standby now.
     asyncpg.ReadOnlySQLTransactionError,
 )
@@ -64,6 +75,9 @@ _REFUSED: Final = (
     asyncpg.IntegrityConstraintViolationError,
     asyncpg.ProgramLimitExceededError,
 )
+#: OpenSSL's numbers for a certificate of another host or address, and for one before or after its time.
+_OTHER_NAME: Final = {62, 64}
+_OTHER_TIME: Final = {9, 10}
 _NOT_MIGRATED: Final = (
     asyncpg.UndefinedTableError,
     asyncpg.UndefinedColumnError,
@@ -75,13 +89,23 @@ _NOT_MIGRATED: Final = (
 class PostgresConnectionManager:
     """A pool of connections to PostgreSQL: open it with `async with`, or with `open` and `aclose`.
 
-    It survives a server that goes away: calls fail with `ServiceUnavailable` meanwhile, and the pool connects again
-    with the first call after that.
+    It survives a server that goes away: calls fail with `ServiceUnavailable` meanwhile, after a few at once and without
+    asking the server (`pipeline.breaker`), and the pool connects again with the first call after that.
+
+    Args:
+        settings: POSTGRES_*, DATABASE_* and DB_*.
+        clock: tells the time, in s; must not go back.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._settings = settings
         self._pool: asyncpg.Pool[asyncpg.Record] | None = None
+        self._place = ""
+        self._monitor = PoolMonitor(settings, clock=clock)
+        #: Whether the database is left alone.
+        self.breaker = DatabaseCircuitBreaker.from_config(settings, clock=clock)
+        #: What the latest statements took.
+        self.query_metrics = QueryMetrics(settings, clock=clock)
 
     async def open(self) -> None:
         """Connect. Calling it again does nothing.
@@ -99,6 +123,10 @@ class PostgresConnectionManager:
             max_size=settings.database_pool_max_size,
             command_timeout=settings.database_command_timeout_seconds,
             timeout=CONNECT_TIMEOUT_SECONDS,
+            # Never: asyncpg closes statements that are too old without any timeout.
+            max_cached_statement_lifetime=0,
+            connect=self._connect,
+            connection_class=GuardedConnection,
             # None leaves it to the connection string.
             ssl=tls_context(settings),
             server_settings={
@@ -108,6 +136,7 @@ class PostgresConnectionManager:
         )
         with connecting(settings.postgres_url):
             await pool
+            self._place = _place(settings.postgres_url)
         self._pool = pool
 
     async def aclose(self) -> None:
@@ -130,6 +159,13 @@ class PostgresConnectionManager:
     ) -> None:
         await self.aclose()
 
+    def get_pool_stats(self) -> PoolStats:
+        """Return how full the pool is; one that is not open has no connections."""
+        pool = self._pool
+        if pool is None:
+            return self._monitor.stats(size=0, free=0, maximum=self._settings.database_pool_max_size)
+        return self._monitor.stats(size=pool.get_size(), free=pool.get_idle_size(), maximum=pool.get_max_size())
+
     @asynccontextmanager
     async def connection(self) -> AsyncIterator[Connection]:
         """Lend one connection; wait for one at most as long as a statement may take.
@@ -137,38 +173,68 @@ class PostgresConnectionManager:
         Put nothing but work on this connection into the block: an OSError from there counts as the database's.
 
         Raises:
-            ServiceUnavailable: the server does not answer, or every connection stayed in use.
+            ServiceUnavailable: the server does not answer, it is left alone for a while because it did not, or every
+                connection stayed in use.
             BatchAborted: the server gave the transaction up (deadlock, lock or idle timeout); nothing of it is left.
             SettingsError: the tables are missing, or the user may not use them.
         """
         pool = self._pool
         if pool is None:
             raise RuntimeError("PostgresConnectionManager is not open: use `async with`, or call `open` first")
-        timeout_seconds = self._settings.database_command_timeout_seconds
-        lent = False
         try:
-            async with pool.acquire(timeout=timeout_seconds) as connection:
-                lent = True
-                yield connection
+            with self.breaker.guard(self._place, loses_connection):
+                connection = await self._acquire(pool)
+                try:
+                    self._look(pool)
+                    yield connection
+                finally:
+                    try:
+                        await pool.release(connection, timeout=END_TIMEOUT_SECONDS)
+                    finally:
+                        self._look(pool)
         except StamplineError:
             raise
         except Exception as exc:
-            if isinstance(exc, TimeoutError) and not lent and pool.get_size() == pool.get_max_size():
-                raise ServiceUnavailable(
-                    f"all {pool.get_max_size()} connections to PostgreSQL were in use for {timeout_seconds:g} s: "
-                    "set DATABASE_POOL_MAX_SIZE higher"
-                ) from exc
             ours = translate(exc, self._settings.postgres_url)
             if ours is None:
                 raise
             raise ours from exc
 
+    async def _acquire(self, pool: asyncpg.Pool[asyncpg.Record]) -> Connection:
+        timeout_seconds = self._settings.database_command_timeout_seconds
+        try:
+            return await pool.acquire(timeout=timeout_seconds)
+        except TimeoutError as exc:
+            if pool.get_size() < pool.get_max_size():
+                raise
+            raise ServiceUnavailable(
+                f"all {pool.get_max_size()} connections to PostgreSQL were in use for {timeout_seconds:g} s: "
+                "set DATABASE_POOL_MAX_SIZE higher"
+            ) from exc
+
+    def _look(self, pool: asyncpg.Pool[asyncpg.Record]) -> None:
+        self._monitor.look(size=pool.get_size(), free=pool.get_idle_size(), maximum=pool.get_max_size())
+
+    async def _connect(self, *args: Any, **options: Any) -> GuardedConnection:
+        """Make a connection for the pool, which also wants some when nobody has called: it replaces idle ones."""
+        self.breaker.refuse_while_open(self._place)
+        connection: GuardedConnection = await asyncpg.connect(*args, **options)
+        connection.guard(self.query_metrics, self._settings.database_command_timeout_seconds)
+        return connection
+
 
 def tls_context(settings: Settings) -> ssl.SSLContext | None:
-    """Return how to verify the server where ENABLE_SSL_DATABASE is on, else None."""
+    """Return how to verify the server where ENABLE_SSL_DATABASE is on, else None.
+
+    Raises:
+        SettingsError: the CA certificate cannot be loaded.
+    """
     if not settings.enable_ssl_database:
         return None
-    return ssl.create_default_context(cafile=settings.postgres_ssl_ca)
+    try:
+        return ssl.create_default_context(cafile=settings.postgres_ssl_ca)
+    except OSError as exc:
+        raise SettingsError(f"POSTGRES_SSL_CA: {settings.postgres_ssl_ca} is no CA certificate: {exc}") from exc
 
 
 @contextmanager
@@ -196,6 +262,12 @@ def refuses_data(exc: BaseException) -> bool:
     return isinstance(exc, _REFUSED)
 
 
+def loses_connection(exc: BaseException) -> bool:
+    """Whether an error says that there is no connection to the server: the failures that the breaker counts."""
+    # What the driver finds wrong with a value is an InterfaceError too.
+    return isinstance(exc, _UNCONNECTED) and not refuses_data(exc)
+
+
 def translate(exc: BaseException, dsn: str) -> StamplineError | None:
     """Turn an error of asyncpg or of the network into ours, with one line that says what to do.
 
@@ -205,8 +277,10 @@ def translate(exc: BaseException, dsn: str) -> StamplineError | None:
     if refuses_data(exc):
         return None
     if isinstance(exc, asyncpg.InvalidAuthorizationSpecificationError):
+        # pg_hba.conf has rules for connections with and without TLS.
+        hint = ", or set ENABLE_SSL_DATABASE=true" if "no encryption" in str(exc) else ""
         return SettingsError(
-            f"PostgreSQL refuses {_user(dsn)} ({_refusal(exc)}): check POSTGRES_USER and POSTGRES_PASSWORD"
+            f"PostgreSQL refuses {_user(dsn)} ({_refusal(exc)}): check POSTGRES_USER and POSTGRES_PASSWORD{hint}"
         )
     if isinstance(exc, asyncpg.InvalidCatalogNameError):
         name = _database(dsn)
@@ -218,8 +292,10 @@ def translate(exc: BaseException, dsn: str) -> StamplineError | None:
     if isinstance(exc, _ABORTED):
         return BatchAborted(f"PostgreSQL gave the transaction up: {_first_line(exc)}")
     if isinstance(exc, ssl.SSLCertVerificationError):
-        return SettingsError(
-            f"the certificate of PostgreSQL at {_place(dsn)} is not trusted ({_first_line(exc)}): set POSTGRES_SSL_CA"
+        return _untrusted(exc, dsn)
+    if isinstance(exc, ConnectionError) and "rejected SSL upgrade" in str(exc):
+        return ServiceUnavailable(
+            f"PostgreSQL at {_place(dsn)} does not speak TLS: switch it on there, or set ENABLE_SSL_DATABASE=false"
         )
     if isinstance(exc, _UNAVAILABLE):
         return ServiceUnavailable(
@@ -227,6 +303,19 @@ def translate(exc: BaseException, dsn: str) -> StamplineError | None:
             "start it or set POSTGRES_HOST and POSTGRES_PORT"
         )
     return None
+
+
+def _untrusted(exc: ssl.SSLCertVerificationError, dsn: str) -> SettingsError:
+    """Return the error for a certificate that we do not accept; each kind has another remedy."""
+    subject, said = f"the certificate of PostgreSQL at {_place(dsn)}", exc.verify_message.rstrip(".")
+    if exc.verify_code in _OTHER_NAME:
+        return SettingsError(f"{subject} is for another name ({said}): set POSTGRES_HOST to one that it is for")
+    if exc.verify_code in _OTHER_TIME:
+        return SettingsError(
+            f"{subject} is not valid today ({said}): renew it, or the CA in POSTGRES_SSL_CA; "
+            "or is it the clock of this machine?"
+        )
+    return SettingsError(f"{subject} is not trusted ({said}): set POSTGRES_SSL_CA to the CA that signed it")
 
 
 def _refusal(exc: BaseException) -> str:
@@ -240,6 +329,9 @@ def _first_line(exc: BaseException) -> str:
 
 def _reason(exc: BaseException) -> str:
     """Say in a few words why the server cannot be reached."""
+    if isinstance(exc, asyncpg.InterfaceError) and exc.__context__ is not None and loses_connection(exc.__context__):
+        # A ROLLBACK on a connection that is closed already; what closed it is the reason.
+        return _reason(exc.__context__)
     message = _first_line(exc)
     if isinstance(exc, ConnectionRefusedError) or f"[Errno {errno.ECONNREFUSED}]" in message:
         return "connection refused"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 
 import asyncpg
 import pytest
 
 from pipeline.errors import BatchAborted, ServiceUnavailable, SettingsError, StamplineError
-from pipeline.postgres import connecting, translate
+from pipeline.postgres import PostgresConnectionManager, connecting, loses_connection, translate
+from pipeline.settings import Settings
 
 pytestmark = pytest.mark.unit
 
@@ -92,3 +94,69 @@ def test_a_malformed_connection_string_is_not_repeated() -> None:
 
     assert caught.value.__cause__ is None
     assert caught.value.__suppress_context__
+
+
+@pytest.mark.parametrize(
+    "exc",
+    [
+        OSError("gone"),
+        ConnectionResetError("gone"),
+        TimeoutError(),
+        asyncpg.InterfaceError("connection is closed"),
+        asyncpg.ConnectionDoesNotExistError("gone"),
+        asyncpg.ConnectionFailureError("gone"),
+        asyncpg.TooManyConnectionsError("too many"),
+        asyncpg.CannotConnectNowError("starting up"),
+        asyncpg.AdminShutdownError("terminating"),
+        asyncpg.CrashShutdownError("terminating"),
+    ],
+)
+def test_a_lost_connection_is_a_failure_for_the_breaker(exc: Exception) -> None:
+    """The breaker counts what says that there is no connection; all of it is told as a service that is away."""
+    assert loses_connection(exc)
+    assert isinstance(translate(exc, DSN), ServiceUnavailable)
+
+
+@pytest.mark.parametrize(
+    "exc",
+    [
+        asyncpg.DataError("bad"),
+        # What the driver finds before it sends anything.
+        asyncpg.exceptions._base.DataError("bad"),
+        asyncpg.UniqueViolationError("bad"),
+        asyncpg.DeadlockDetectedError("deadlock"),
+        asyncpg.QueryCanceledError("statement timeout"),
+        asyncpg.DiskFullError("no space left"),
+        asyncpg.InvalidPasswordError("password"),
+        asyncpg.UndefinedTableError("relation"),
+        asyncio.CancelledError(),
+        BatchAborted(),
+        KeyError("bug"),
+    ],
+)
+def test_whoever_answers_is_there(exc: BaseException) -> None:
+    """Errors in the data, in the transaction or in our own code, and a cancellation, are nothing to the breaker."""
+    assert not loses_connection(exc)
+
+
+def test_the_reason_is_what_came_first() -> None:
+    """A ROLLBACK on a connection that a timeout has closed fails too, but that is not what is to be told."""
+    rollback = asyncpg.InterfaceError("connection is closed")
+    rollback.__context__ = TimeoutError()
+
+    assert "(no answer in time)" in str(translate(rollback, DSN))
+
+
+def test_a_pool_that_is_not_open_is_empty() -> None:
+    """Its numbers can be asked for at any time."""
+    stats = PostgresConnectionManager(Settings(database_pool_max_size=7)).get_pool_stats()
+
+    assert stats == {
+        "pool_size": 0,
+        "pool_free": 0,
+        "pool_max": 7,
+        "used_connections": 0,
+        "utilization_percent": 0.0,
+        "exhaustion_threshold_percent": 90.0,
+        "exhaustion_warning_count": 0,
+    }
