@@ -202,7 +202,17 @@ def _file_faults(paths: dict[str, Path | None]) -> list[str]:
             faults.append(f"{name.upper()}: no file {path}")
         elif path is not None and not os.access(path, os.R_OK):
             faults.append(f"{name.upper()}: may not be read: {path}")
+        elif path is not None and name.endswith("password_file") and not _is_text(path):
+            faults.append(f"{name.upper()}: is no text: {path}")
     return faults
+
+
+def _is_text(path: Path) -> bool:
+    try:
+        path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _secret(value: SecretStr | None, path: Path | None) -> str | None:

@@ -2,4 +2,4 @@
 
 from __future__ import annotations
 
-pytest_plugins = ["tests.fix_services", "tests.fix_road", "tests.lane_fakes"]
+pytest_plugins = ["tests.fix_services", "tests.fix_road", "tests.fix_secure", "tests.lane_fakes"]

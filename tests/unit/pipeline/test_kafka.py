@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ssl
 import subprocess
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import aiokafka.client
 import pytest
 from aiokafka import errors as driver
 from aiokafka.partitioner import DefaultPartitioner
@@ -100,17 +103,100 @@ def test_a_bad_certificate_names_its_variable(tmp_path: Path, variable: str) -> 
         (ConnectionResetError(104, "reset"), ServiceUnavailable, "does not answer: ConnectionResetError"),
         (driver.UnknownTopicOrPartitionError(), TopicError, "no topic t: run `stampline topics create`"),
         (driver.TopicAuthorizationFailedError("t"), TopicError, "does not allow this.*ACL"),
-        (driver.AuthenticationFailedError("bad"), SettingsError, "KAFKA_SASL_.*does not let us in"),
+        (driver.AuthenticationFailedError("bad"), SettingsError, "does not let user ann in .bad.: check KAFKA_SASL_"),
+        (driver.AuthenticationFailedError(), SettingsError, "in .AuthenticationFailedError.: check KAFKA_SASL_"),
         (driver.MessageSizeTooLargeError(), InputRejected, "too_large"),
+        (
+            driver.KafkaConnectionError("Unable to bootstrap from x"),
+            ServiceUnavailable,
+            "hangs up.*=PLAINTEXT",
+        ),
+        (ssl.SSLError(1, "WRONG_VERSION_NUMBER"), SettingsError, "does not speak TLS with us, as KAFKA_SECURITY"),
     ],
 )
 def test_errors_of_the_driver_become_ours(error: Exception, expected: type[StamplineError], words: str) -> None:
     """Every error says which Kafka, what is wrong and what to do; the driver's own is kept as its cause."""
-    settings = Settings(kafka_bootstrap_servers="k:1")
+    settings = Settings(kafka_bootstrap_servers="k:1", kafka_sasl_username="ann")
     with pytest.raises(expected, match=words) as caught, kafka_errors(settings, topic="t"):
         raise error
     assert caught.value.__cause__ is error
     assert type(translated(error, settings, topic="t")) is expected
+
+
+@pytest.fixture
+def connect(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Awaitable[Any]]:
+    """The driver's way to connect, which does here what is asked of it by the name of the host."""
+
+    async def connect(host: str, _port: int, **_options: Any) -> str:
+        fault = _FAULTS.get(host)
+        if fault is not None:
+            raise fault
+        return "a connection"
+
+    monkeypatch.setattr("pipeline.kafka._connect", connect)
+    way: Callable[..., Awaitable[Any]] = aiokafka.client.create_conn
+    return way
+
+
+_FAULTS: dict[str, Exception] = {
+    "away": ConnectionRefusedError(111, "refused"),
+    "refusing": driver.SaslAuthenticationFailed("bad login"),
+    "impostor": ValueError("Server sent wrong signature!"),
+    "no_such_host": UnicodeError("label too long"),
+}
+
+
+@pytest.mark.parametrize(
+    ("hosts", "words"),
+    [
+        (("away",), "does not answer: start it"),
+        (("refusing",), "does not let user ann in .bad login."),
+        (("refusing", "away"), "does not let user ann in .bad login."),
+        (("impostor",), "does not prove that it knows the password"),
+    ],
+)
+async def test_why_a_connection_failed_is_told(
+    connect: Callable[..., Awaitable[Any]], hosts: tuple[str, ...], words: str
+) -> None:
+    """The driver only says that it got nowhere; what was met on the way is told, and what can be mended first."""
+    settings = Settings(kafka_sasl_username="ann")
+    with pytest.raises(StamplineError, match=words):
+        await _try_in_vain(settings, connect, *hosts)
+
+
+async def test_what_has_been_overcome_is_not_told(
+    connect: Callable[..., Awaitable[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A refusal counts until the same broker lets us in, and only inside its own block."""
+    settings = Settings(kafka_sasl_username="ann")
+    with suppress(StamplineError):
+        await _try_in_vain(settings, connect, "refusing")
+    with pytest.raises(ServiceUnavailable, match="start it"):
+        await _try_in_vain(settings, connect, "away")
+
+    async def relent(host: str, port: int) -> None:
+        with suppress(driver.KafkaError):
+            await connect(host, port)
+        monkeypatch.delitem(_FAULTS, host)
+        await connect(host, port)
+
+    with pytest.raises(ServiceUnavailable, match="start it"):
+        await _try_in_vain(settings, relent, "refusing")
+
+
+async def _try_in_vain(settings: Settings, connect: Callable[..., Awaitable[Any]], *hosts: str) -> None:
+    """Do what the driver does: try each host, and then tell nothing of why."""
+    with kafka_errors(settings):
+        for host in hosts:
+            with suppress(driver.KafkaError, OSError):
+                await connect(host, 1)
+        raise driver.KafkaConnectionError
+
+
+async def test_our_own_mistakes_are_no_refusals(connect: Callable[..., Awaitable[Any]]) -> None:
+    """A host name that cannot be one is not taken for a broker that cannot prove who it is."""
+    with pytest.raises(UnicodeError):
+        await connect("no_such_host", 1)
 
 
 def test_other_errors_pass() -> None:

@@ -85,6 +85,7 @@ def test_a_bad_value_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"RETRY_BACKOFF_BASE_MS": "300"}, "RETRY_BACKOFF_BASE_MS must not be greater"),
         ({"KAFKA_SECURITY_PROTOCOL": "SASL_SSL", "KAFKA_SASL_PASSWORD": "x"}, "KAFKA_SASL_USERNAME is needed"),
         ({"KAFKA_SECURITY_PROTOCOL": "SASL_SSL", "KAFKA_SASL_USERNAME": "x"}, "KAFKA_SASL_PASSWORD or"),
+        ({"TABLE_STORE": "rocksdb"}, "TABLE_DIR is needed"),
         ({"KAFKA_SSL_KEY": __file__}, "KAFKA_SSL_CERT is needed"),
         ({"KAFKA_SSL_CERT": "/nowhere"}, "KAFKA_SSL_CERT: no file /nowhere"),
         ({"POSTGRES_PASSWORD_FILE": "/nowhere"}, "POSTGRES_PASSWORD_FILE: no file /nowhere"),
@@ -112,6 +113,14 @@ def test_no_secret_is_ever_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SettingsError) as caught:
         load_settings()
     assert "hunter2" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_a_password_file_that_is_no_text_is_told(tmp_path: Path) -> None:
+    """A file of bytes that nobody could have typed names its variable."""
+    (tmp_path / "password").write_bytes(b"\xff\xfe\x00")
+
+    with pytest.raises(SettingsError, match="POSTGRES_PASSWORD_FILE: is no text"):
+        load_settings(postgres_password_file=tmp_path / "password")
 
 
 def test_a_password_may_come_from_a_file(tmp_path: Path) -> None:
