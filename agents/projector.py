@@ -8,6 +8,18 @@ for the tools that look at consumer groups. In order, for each batch:
    to the end of the batch (compare-and-set)    a crash here: the server rolls it back, the next owner starts before it
                                                 not at the expected place: another projector owns the partition, drop it
 3. now and then, mirror the position to Kafka   a crash here: the mirror is late, nobody reads it
+
+Where PostgreSQL refuses rows of the batch, 2 has left nothing, and before 3 come:
+
+a. find the records that are refused alone, by attempts that are rolled back, and make sure of the rest
+   (`projections/refusals.py`)                  a crash here: nothing has happened
+b. send each as a dead letter, wait until delivered
+                                                a crash here, or between b and c: the watermark stands before the batch,
+                                                so the next owner finds and sends them again; a dead letter is known by
+                                                its topic, partition and offset, which are those of the changelog
+c. 2 again, without their rows: the watermark passes them
+                                                a crash here: all of it was committed and nobody comes back, or nothing
+                                                and it is as after b
 """
 
 from __future__ import annotations
@@ -15,28 +27,35 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Final
 
 from faust.types import TP, StreamT
 
 from agents.standalone import run_role
 from pipeline.app import RoleApp
-from pipeline.errors import PositionLost, StamplineError
+from pipeline.errors import PositionLost, RowsRefused, StamplineError
 from pipeline.lanes import Batch
 from pipeline.logs import get_logger
 from pipeline.postgres import PostgresConnectionManager
+from pipeline.records import dead_letter
 from pipeline.settings import Settings
-from pipeline.topics import FILES_CHANGELOG
+from pipeline.topics import DEAD_LETTERS, FILES_CHANGELOG, topic_name
+from pipeline.transactions import Writer
 from pipeline.transport import BatchConsumer
-from projections.feed import decode_feed
+from projections.feed import FeedBatch, decode_feed
+from projections.refusals import Allowance, Refusal, Sifted, sift
 from projections.writer import ProjectionWriter
 
 APP_ID: Final = "stampline-projector"
 
 #: How often the position is mirrored to Kafka, in s.
 _MIRROR_SECONDS: Final = 1.0
+
+#: The reason in the dead letters of the projector.
+_REASON: Final = "projection_refused"
 
 log = get_logger("stampline.projector")
 
@@ -45,15 +64,22 @@ log = get_logger("stampline.projector")
 class _Partition:
     consumer: BatchConsumer
     feed_offset: int
+    allowance: Allowance
     mirrored_at: float = 0.0
+    #: Sends dead letters; most partitions never have one.
+    letters: Writer | None = None
 
 
 class Projector:
     """The projector's partitions in this process."""
 
-    def __init__(self, manager: PostgresConnectionManager) -> None:
+    def __init__(self, settings: Settings, manager: PostgresConnectionManager, *, transactions: bool) -> None:
+        self._settings = settings
+        self._idempotent = transactions
         self._writer = ProjectionWriter(manager, owner=f"{socket.gethostname()}-{os.getpid()}")
         self._partitions: dict[TP, _Partition] = {}
+        # Not in the partitions: one that stopped is opened again and again, and must not earn anything by that.
+        self._allowances: dict[TP, Allowance] = {}
 
     async def open(self, tp: TP, consumer: BatchConsumer) -> int:
         """Start at the watermark; see `pipeline.lanes.Role`."""
@@ -65,7 +91,7 @@ class Projector:
                 "the topic was made anew, or this is the database of another broker. "
                 "Start with an empty database (POSTGRES_DB), or with the broker that belongs to it"
             )
-        self._partitions[tp] = _Partition(consumer, feed_offset)
+        self._partitions[tp] = _Partition(consumer, feed_offset, self._allowances.setdefault(tp, Allowance()))
         return max(feed_offset, log_range.begin)
 
     async def process(self, batch: Batch) -> None:
@@ -73,8 +99,15 @@ class Projector:
         started = time.perf_counter()
         partition = self._partitions[batch.tp]
         changes = decode_feed(batch.records)
-        result = await self._writer.write(batch.tp.partition, partition.feed_offset, changes, batch.next_offset)
+        try:
+            result = await self._writer.write(batch.tp.partition, partition.feed_offset, changes, batch.next_offset)
+        except RowsRefused as exc:
+            refused, changes = await self._sift(partition, batch, str(exc))
+            await self._send_dead_letters(partition, batch.tp, refused)
+            result = await self._writer.write(batch.tp.partition, partition.feed_offset, changes, batch.next_offset)
+            partition.allowance.spend(len(refused))
         partition.feed_offset = batch.next_offset
+        partition.allowance.earn(len(changes.changes))
         log.info(
             "batch_committed",
             role="projector",
@@ -88,12 +121,59 @@ class Projector:
             partition.mirrored_at = started
             await _mirror(partition, batch.tp)
 
+    async def _sift(self, partition: _Partition, batch: Batch, error: str) -> Sifted:
+        """Find out which records are refused, without a trace."""
+
+        async def attempt(piece: FeedBatch) -> str | None:
+            # From and to the same places as the batch: what is taken back could as well be all of it.
+            return await self._writer.attempt(batch.tp.partition, partition.feed_offset, piece, batch.next_offset)
+
+        return await sift(batch.records, error, attempt, partition.allowance.left)
+
+    async def _send_dead_letters(self, partition: _Partition, tp: TP, refused: Sequence[Refusal]) -> None:
+        """Send what is refused as it came; return when it is delivered."""
+        if partition.letters is None:
+            partition.letters = await self._open_letters(tp)
+        now = datetime.now(UTC)
+        letters = [
+            dead_letter(refusal.record, reason=_REASON, error=refusal.error, attempts=1, now=now) for refusal in refused
+        ]
+        await partition.letters.write({topic_name(self._settings, DEAD_LETTERS): letters}, {})
+        for refusal in refused:
+            log.warning(
+                "dead_letter_written",
+                partition=tp.partition,
+                feed_offset=refusal.record.offset,
+                reason=_REASON,
+                error=refusal.error,
+            )
+
+    async def _open_letters(self, tp: TP) -> Writer:
+        writer = Writer(
+            self._settings,
+            partition=tp.partition,
+            group=topic_name(self._settings, APP_ID),
+            transactional_id=None,
+            idempotent=self._idempotent,
+            commit_offsets=_commit_nothing,
+        )
+        await writer.open()
+        return writer
+
     async def close(self, tp: TP) -> None:
         """Let go of a partition; see `pipeline.lanes.Role`."""
-        self._partitions.pop(tp, None)
+        partition = self._partitions.pop(tp, None)
+        if partition is not None and partition.letters is not None:
+            await partition.letters.aclose()
 
-    def retain(self, _tps: Iterable[TP]) -> None:
-        """Nothing is kept of a closed partition."""
+    def retain(self, tps: Iterable[TP]) -> None:
+        """Forget what partitions that went to others had refused; see `pipeline.lanes.Role`."""
+        kept = set(tps)
+        self._allowances = {tp: allowance for tp, allowance in self._allowances.items() if tp in kept}
+
+
+async def _commit_nothing(_offsets: Mapping[TP, int]) -> None:
+    """Leave the offsets alone: the position of the projector is its watermark."""
 
 
 async def _mirror(partition: _Partition, tp: TP) -> None:
@@ -105,7 +185,7 @@ async def _mirror(partition: _Partition, tp: TP) -> None:
 
 def create_app(settings: Settings, manager: PostgresConnectionManager, *, transactions: bool) -> RoleApp:
     """Return the projector's Faust app; the caller opens and closes the connections."""
-    projector = Projector(manager)
+    projector = Projector(settings, manager, transactions=transactions)
     app = RoleApp(APP_ID, settings, projector, transactions=transactions)
 
     @app.agent(app.batches(FILES_CHANGELOG), name="projector")

@@ -9,6 +9,8 @@ The tree, with what the runtime does on each::
     ├── PositionLost               the log no longer holds our position: stop that partition
     ├── PartitionFenced            another process owns the partition: drop it
     ├── BatchAborted               the batch left no trace, try it again    retriable
+    ├── RowsRefused                PostgreSQL does not take rows of the batch: dead letters if it is about single
+    │                              records, else stop that partition
     ├── WorkCancelled              something inside a batch was cancelled: open the partition again
     ├── RecoveryFailed             a changelog cannot be restored: stop that partition
     └── InputRejected              one input is bad: dead letter, the partition goes on
@@ -59,6 +61,10 @@ class BatchAborted(StamplineError):
     """The batch was given up without a trace and can be tried again."""
 
     retriable = True
+
+
+class RowsRefused(StamplineError):
+    """PostgreSQL does not take these rows."""
 
 
 class WorkCancelled(StamplineError):

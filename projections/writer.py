@@ -13,22 +13,35 @@ The COPY comes first because PostgreSQL waits for the client's data without any 
 the middle of a COPY would otherwise keep the watermark's lock, and its successor out, for as long as it is frozen.
 After the compare-and-set the server never waits for more than the next short command, and gives the transaction up
 when that does not come (`idle_in_transaction_session_timeout`).
+
+What the server or the driver refuses is told by what it says about the batch:
+
+- values out of range, not null, check constraints (ours: a digest has 32 bytes), whatever somebody has added: about
+  the rows, `RowsRefused`;
+- the unique index of the history: an input is there twice. Nothing may hide that, `PositionLost`;
+- no partition of the history for our own clock: about the tables, whatever the rows, `SettingsError`.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Final
 
-from pipeline.errors import PartitionFenced
-from pipeline.postgres import Connection, PostgresConnectionManager
+import asyncpg
+
+from pipeline.errors import PartitionFenced, PositionLost, RowsRefused, SettingsError, StamplineError
+from pipeline.postgres import Connection, PostgresConnectionManager, refuses_data
 from projections import file_history, files
 from projections.feed import FeedBatch
 from projections.queries import query
 from projections.watermarks import PROJECTIONS, agree
+
+#: What the making of rows and the driver's encoders raise for a value: not UTF-8, more than 64 bits.
+_NOT_ENCODABLE: Final = (ValueError, OverflowError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,43 +95,79 @@ class ProjectionWriter:
 
         Raises:
             PartitionFenced: the watermarks do not stand at `expected_feed_offset`; nothing has been written.
+            RowsRefused: PostgreSQL does not take rows of the batch; nothing has been written.
+            PositionLost: an input is in the history already; nothing has been written.
             ServiceUnavailable: also where the answer to the COMMIT was lost: call `open_partition` to see which it was.
             BatchAborted: nothing has been written; the same call may succeed now.
-            SettingsError: as `PostgresConnectionManager.connection`.
+            SettingsError: as `PostgresConnectionManager.connection`; or the history has no partition for now.
         """
+        return await self._write(partition, expected_feed_offset, batch, next_feed_offset, commit=True)
+
+    async def attempt(
+        self, partition: int, expected_feed_offset: int, batch: FeedBatch, next_feed_offset: int
+    ) -> str | None:
+        """Do what `write` does and take it back: return why PostgreSQL refuses rows of `batch`, None if it does not.
+
+        Raises:
+            StamplineError: as `write`, but for `RowsRefused`.
+        """
+        try:
+            await self._write(partition, expected_feed_offset, batch, next_feed_offset, commit=False)
+        except RowsRefused as exc:
+            return str(exc)
+        return None
+
+    async def _write(
+        self, partition: int, expected_feed_offset: int, batch: FeedBatch, next_feed_offset: int, *, commit: bool
+    ) -> WriteResult:
         assert next_feed_offset > expected_feed_offset
         started = time.perf_counter()
         async with self._manager.connection() as connection:
             now = self._now()
             await self._ensure_history_partitions(connection, now)
-            history_rows = file_history.rows(batch, partition, now)
-            files_rows = files.rows(batch)
-            async with connection.transaction(isolation="read_committed"):
-                await _copy(connection, history_rows, files_rows)
-                moved = await connection.execute(
-                    query("move_watermarks"),
-                    PROJECTIONS,
-                    partition,
-                    expected_feed_offset,
-                    next_feed_offset,
-                    batch.next_input_offset,
-                    batch.event_time,
-                    now,
-                    self._owner,
-                )
-                if _count(moved) != len(PROJECTIONS):
-                    raise PartitionFenced(
-                        f"another projector has moved the watermark of partition {partition}, "
-                        f"it is not at feed offset {expected_feed_offset} any more"
-                    )
+            with self._refusals(), suppress(_TakenBack):
+                history_rows = file_history.rows(batch, partition, now)
+                files_rows = files.rows(batch)
                 shown = 0
-                if files_rows:
-                    shown = _count(await connection.execute(query("upsert_files"), partition, now))
+                async with connection.transaction(isolation="read_committed"):
+                    await _copy(connection, history_rows, files_rows)
+                    moved = await connection.execute(
+                        query("move_watermarks"),
+                        PROJECTIONS,
+                        partition,
+                        expected_feed_offset,
+                        next_feed_offset,
+                        batch.next_input_offset,
+                        batch.event_time,
+                        now,
+                        self._owner,
+                    )
+                    if _count(moved) != len(PROJECTIONS):
+                        raise PartitionFenced(
+                            f"another projector has moved the watermark of partition {partition}, "
+                            f"it is not at feed offset {expected_feed_offset} any more"
+                        )
+                    if files_rows:
+                        shown = _count(await connection.execute(query("upsert_files"), partition, now))
+                    if not commit:
+                        raise _TakenBack
         return WriteResult(
             rows={files.NAME: shown, file_history.NAME: len(history_rows)},
             projected_at=now,
             milliseconds=(time.perf_counter() - started) * 1000,
         )
+
+    @contextmanager
+    def _refusals(self) -> Iterator[None]:
+        """Raise what is refused inside the block as ours."""
+        try:
+            yield
+        except Exception as exc:
+            if not refuses_data(exc) and not isinstance(exc, _NOT_ENCODABLE):
+                raise
+            if _lacks_partition(exc):
+                self._month = None  # Was it dropped? The next call makes it again.
+            raise _refusal(exc) from exc
 
     async def _ensure_history_partitions(self, connection: Connection, now: datetime) -> None:
         """Make this month's and the next month's partition of the history, once a month and outside the commit."""
@@ -127,6 +176,31 @@ class ProjectionWriter:
             return
         await connection.execute(query("ensure_history_partitions"), now)
         self._month = month
+
+
+class _TakenBack(Exception):
+    """Rolls a transaction back that was only an attempt."""
+
+
+def _refusal(exc: Exception) -> StamplineError:
+    """Return our error for something refused, with the first line of what is said; the rest of it tells values."""
+    said = str(exc).partition("\n")[0] or type(exc).__name__
+    if _lacks_partition(exc):
+        return SettingsError(
+            f"the history has no partition for this month ({said}): if it was detached, attach it again; "
+            "if it was dropped, it is made anew"
+        )
+    if isinstance(exc, asyncpg.UniqueViolationError) and (exc.table_name or "").startswith(file_history.NAME):
+        return PositionLost(
+            f"an input is in the history already ({said}; {exc.detail}): the feed holds it twice, or rows were "
+            "changed by hand. Nothing was written; `stampline verify` tells what is there"
+        )
+    return RowsRefused(said)
+
+
+def _lacks_partition(exc: Exception) -> bool:
+    """Whether it is a table without a partition for a row, which PostgreSQL tells as a check without a name."""
+    return isinstance(exc, asyncpg.CheckViolationError) and exc.constraint_name is None
 
 
 async def _copy(connection: Connection, history_rows: list[tuple[Any, ...]], files_rows: list[tuple[Any, ...]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -90,3 +91,21 @@ def make_progress(next_input_offset: int, offset: int) -> Record:
     """Make the record that ends a transaction of the reducer."""
     value = encode_record(Progress(next_input_offset=next_input_offset, outcomes={}))
     return Record(PROGRESS_KEY, value, offset)
+
+
+def make_feed(seed: int, length: int = 60) -> list[tuple[str, Change]]:
+    """Make a feed of a few files with every kind of change, the same for the same seed."""
+    draw = random.Random(seed)
+    states: dict[str, Any] = {}
+    feed: list[tuple[str, Change]] = []
+    for offset in range(length):
+        uri = draw.choice("abcdef")
+        state = states.get(uri)
+        if state is None or draw.random() < 0.6:
+            version = 1 if state is None else state.version + 1
+            change = make_commit(offset, version=version, deleted=draw.random() < 0.2)
+            states[uri] = change.state
+        else:
+            change = make_refusal(offset, state)
+        feed.append((uri, change))
+    return feed

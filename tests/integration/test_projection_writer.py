@@ -7,13 +7,11 @@ import itertools
 import random
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
-from typing import Any
 
 import asyncpg
 import pytest
 
-from pipeline.errors import PartitionFenced, PositionLost, ServiceUnavailable
-from pipeline.events import Change
+from pipeline.errors import PartitionFenced, PositionLost, RowsRefused, ServiceUnavailable
 from pipeline.postgres import PostgresConnectionManager
 from pipeline.settings import Settings
 from projections.feed import FeedBatch, decode_feed
@@ -23,6 +21,7 @@ from tests.projection_samples import (
     instant,
     make_batch,
     make_commit,
+    make_feed,
     make_progress,
     make_records,
     make_refusal,
@@ -35,6 +34,7 @@ WATERMARKS = """
 SELECT projection, feed_offset, input_offset, event_time, owner FROM projection_watermarks
 WHERE partition = 3 ORDER BY projection
 """
+INPUTS = "SELECT uri, input_offset FROM file_history ORDER BY input_offset"
 
 
 @pytest.fixture
@@ -63,24 +63,6 @@ async def counts(analyst: asyncpg.Connection[asyncpg.Record]) -> tuple[int, int]
     row = await analyst.fetchrow("SELECT (SELECT count(*) FROM files), (SELECT count(*) FROM file_history)")
     assert row is not None
     return tuple(row)
-
-
-def make_feed(seed: int, length: int = 60) -> list[tuple[str, Change]]:
-    """Make a feed of a few files with every kind of change, the same for the same seed."""
-    draw = random.Random(seed)
-    states: dict[str, Any] = {}
-    feed: list[tuple[str, Change]] = []
-    for offset in range(length):
-        uri = draw.choice("abcdef")
-        state = states.get(uri)
-        if state is None or draw.random() < 0.6:
-            version = 1 if state is None else state.version + 1
-            change = make_commit(offset, version=version, deleted=draw.random() < 0.2)
-            states[uri] = change.state
-        else:
-            change = make_refusal(offset, state)
-        feed.append((uri, change))
-    return feed
 
 
 async def wait_until_blocked(analyst: asyncpg.Connection[asyncpg.Record], statement: str) -> int:
@@ -199,7 +181,7 @@ async def test_a_failure_in_the_middle_leaves_nothing(
     await writer.open_partition(3)
     poison = make_batch(("a", make_commit(1)), ("b", make_commit(2, metadata=b"{no json")))
 
-    with pytest.raises(asyncpg.InvalidTextRepresentationError):
+    with pytest.raises(RowsRefused, match=r"^invalid input syntax for type json$"):
         await writer.write(3, 0, poison, 10)
 
     assert await counts(analyst) == (0, 0)
@@ -282,6 +264,52 @@ async def test_exactly_one_of_two_writers_wins(
             assert {type(result) for result in results} == {WriteResult, PartitionFenced}
 
     assert await counts(analyst) == (7, 100)
+
+
+async def test_a_zombie_that_comes_back_is_refused(
+    writer: ProjectionWriter, manager: PostgresConnectionManager, analyst: asyncpg.Connection[asyncpg.Record]
+) -> None:
+    """A projector that slept while another took over writes nothing, wherever it believes to stand."""
+    zombie, owner = writer, ProjectionWriter(manager, "two")
+    await zombie.open_partition(3)
+    await zombie.write(3, 0, make_batch(("a", make_commit(1))), 10)
+    assert await owner.open_partition(3) == 10
+    await owner.write(3, 10, make_batch(("a", make_commit(2, version=2)), ("b", make_commit(3))), 20)
+
+    with pytest.raises(PartitionFenced, match="partition 3"):
+        await zombie.write(3, 10, make_batch(("a", make_commit(2, version=2)), ("z", make_commit(4))), 30)
+
+    assert [tuple(row) for row in await analyst.fetch(INPUTS)] == [("a", 1), ("a", 2), ("b", 3)]
+    assert {tuple(row)[1:] for row in await analyst.fetch(WATERMARKS)} == {(20, 4, instant(3), "two")}
+
+
+async def test_a_zombie_in_the_middle_of_its_transaction_is_refused(
+    writer: ProjectionWriter,
+    manager: PostgresConnectionManager,
+    analyst: asyncpg.Connection[asyncpg.Record],
+    database: str,
+) -> None:
+    """A zombie that has copied its rows waits for the owner's watermark, and finds it moved when the owner commits."""
+    zombie, owner = writer, ProjectionWriter(manager, "two")
+    await zombie.open_partition(3)
+    await zombie.write(3, 0, make_batch(("a", make_commit(1))), 10)
+    await owner.open_partition(3)
+    holder = await asyncpg.connect(database)
+    async with holder.transaction():
+        await holder.fetch("SELECT FROM stampline.files FOR UPDATE")
+        # The owner has moved the watermark and waits for the row of `a`; the zombie waits for the watermark.
+        owning = asyncio.create_task(owner.write(3, 10, make_batch(("a", make_commit(2, version=2))), 20))
+        await wait_until_blocked(analyst, "INSERT INTO stampline.files")
+        haunting = asyncio.create_task(zombie.write(3, 10, make_batch(("z", make_commit(5))), 30))
+        await wait_until_blocked(analyst, "UPDATE stampline.watermarks")
+    await owning
+    with pytest.raises(PartitionFenced):
+        await haunting
+    await holder.close()
+
+    assert [tuple(row) for row in await analyst.fetch(INPUTS)] == [("a", 1), ("a", 2)]
+    assert await analyst.fetchval("SELECT array_agg(uri) FROM files") == ["a"]
+    assert {tuple(row)[1:] for row in await analyst.fetch(WATERMARKS)} == {(20, 3, instant(2), "two")}
 
 
 async def test_partitions_do_not_disturb_each_other(
