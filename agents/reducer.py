@@ -5,7 +5,8 @@ Each batch is one Kafka transaction. In order:
 1. fold the stamps over the table            a crash here: nothing has happened
 2. in one transaction: changelog, events to send in again, dead letters, input offsets
                                              a crash here: the broker aborts it, the next owner starts before the batch
-3. apply the changes to the store            a crash here: the next owner restores them from the changelog
+3. apply the changes to the store            a crash here: the next owner restores them from the changelog; a store on
+                                             disk that cannot be written: this partition is opened again
 
 Taking over a partition goes: fence the owner before (start the transactional producer), restore the store up to the
 end of the changelog, and only then read the committed offsets.
@@ -17,6 +18,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import Final
 
 from faust.types import TP, StreamT
@@ -34,10 +36,13 @@ from pipeline.transactions import Writer
 from pipeline.transport import BatchConsumer, LogRange
 from tables.changelog import restore
 from tables.files import Rules, backoff_ms, fold
-from tables.store import BatchStore, BatchTable, PartitionStore
+from tables.store import BatchStore, BatchTable, Mark, OpenStore, PartitionStore, open_in_memory, release
 
 APP_ID: Final = "stampline-reducer"
 TABLE: Final = "files"
+
+#: How often a long recovery says how far it is, in s.
+_REPORT_SECONDS: Final = 5.0
 
 log = get_logger("stampline.reducer")
 
@@ -78,19 +83,31 @@ class Reducer:
             idempotent=self._transactions,
             commit_offsets=consumer.commit_offsets,
         )
-        await writer.open()
         store = self.store.partition(tp.partition)
+        await writer.open()
         self._partitions[tp] = _Partition(writer, store)
-        started = time.perf_counter()
-        records = await restore(self._settings, self._changelog, tp.partition, store)
+        await self._recover(tp, store, consumer)
+        return _position(tp, await consumer.log_range(tp), store)
+
+    async def _recover(self, tp: TP, store: PartitionStore, consumer: BatchConsumer) -> None:
+        """Restore what the store lacks, and say how far that is."""
+        started = reported = time.perf_counter()
+
+        def report(records: int, remaining: int) -> None:
+            nonlocal reported
+            consumer.lanes.report(tp, f"recovering: {remaining} records left")
+            if time.perf_counter() - reported >= _REPORT_SECONDS:
+                reported = time.perf_counter()
+                log.info("partition_recovering", partition=tp.partition, records=records, remaining=remaining)
+
+        records = await restore(self._settings, self._changelog, tp.partition, store, report=report)
         log.info(
             "partition_recovered",
             partition=tp.partition,
             records=records,
-            keys=len(store.values),
+            keys=len(store),
             duration_ms=round((time.perf_counter() - started) * 1000),
         )
-        return _position(tp, await consumer.log_range(tp), store)
 
     async def process(self, batch: Batch) -> None:
         """Fold one batch and commit it."""
@@ -98,8 +115,9 @@ class Reducer:
         partition = self._partitions[batch.tp]
         store = partition.store
         stamps = [decode_stamp(record.value) for record in batch.records]
-        folded = fold(stamps, store.values.get, store.progress, self._rules)
+        folded = fold(stamps, store.get, store.progress, self._rules)
         reduced = time.perf_counter()
+        progress = encode_record(folded.progress)
         now = datetime.now(UTC)
         next_offsets = await partition.writer.write(
             {
@@ -110,14 +128,15 @@ class Reducer:
                 # Last: where there is no transaction, the changelog decides what was taken.
                 self._changelog: [
                     *(Record(key, value) for key, value in folded.changes),
-                    Record(PROGRESS_KEY, encode_record(folded.progress)),
+                    Record(PROGRESS_KEY, progress),
                 ],
             },
             {batch.tp: batch.next_offset},
         )
         if store.progress is not None and folded.progress.gaps > store.progress.gaps:
             log.error("inputs_missing", partition=batch.tp.partition, recommendation="run `stampline verify`")
-        store.apply(folded.changes, folded.progress, next_offsets[self._changelog])
+        position = next_offsets[self._changelog]
+        store.apply(folded.changes, folded.progress, position, mark=Mark(position - 1, progress))
         log.info(
             "batch_committed",
             role="reducer",
@@ -155,8 +174,12 @@ class Reducer:
     async def close(self, tp: TP) -> None:
         """Let go of a partition, but keep its store: if it comes back, only the difference is restored."""
         partition = self._partitions.pop(tp, None)
-        if partition is not None:
-            await partition.writer.aclose()
+        try:
+            if self.store is not None:
+                await release(self.store, tp.partition)
+        finally:
+            if partition is not None:
+                await partition.writer.aclose()
 
     def retain(self, tps: Iterable[TP]) -> None:
         """Drop the stores of partitions that went to others; see `pipeline.lanes.Role`."""
@@ -180,12 +203,13 @@ def _position(tp: TP, log_range: LogRange, store: PartitionStore) -> int:
     return committed
 
 
-def create_app(settings: Settings, *, transactions: bool) -> RoleApp:
-    """Return the reducer's Faust app, with its table and a web view on it."""
+def create_app(settings: Settings, open_store: OpenStore = open_in_memory, *, transactions: bool) -> RoleApp:
+    """Return the reducer's Faust app, with its table and a web view on it; `open_store` opens its partitions."""
     reducer = Reducer(settings, transactions=transactions)
     app = RoleApp(APP_ID, settings, reducer, transactions=transactions, web_socket=bind_web_socket())
     table = BatchTable(app, name=TABLE, key_type=bytes, value_type=bytes, partitions=settings.kafka_topic_partitions)
     app.tables.add(table)
+    table.batch_store.open_partition = partial(open_store, TABLE, topic_name(settings, FILES_CHANGELOG))
     reducer.store = table.batch_store
 
     @app.agent(app.batches(FILE_STAMPS), name="reducer")

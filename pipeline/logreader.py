@@ -6,6 +6,7 @@ consumer ever sees.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
 from typing import Any, Final, Self
@@ -62,20 +63,49 @@ class LogReader:
     ) -> None:
         await self._consumer.stop()
 
-    async def read(self, start: int, until: int | None = None) -> AsyncIterator[Sequence[Any]]:
+    @property
+    def place(self) -> str:
+        """What it reads, for messages."""
+        return f"{self._tp.topic} partition {self._tp.partition}"
+
+    async def require(self, position: int) -> None:
+        """Make sure that the log is not shorter than `position`.
+
+        Raises:
+            PositionLost: it is.
+            ServiceUnavailable: Kafka stopped answering.
+        """
+        if position > self.end and position > await self.find_end():
+            length = f"ends at {self.end}" if self.end else "is empty"
+            raise PositionLost(
+                f"{self._tp.topic} partition {self._tp.partition} {length}, but was read up to {position}"
+            )
+
+    async def read(
+        self, start: int, until: int | None = None, records_max: int | None = None
+    ) -> AsyncIterator[Sequence[Any]]:
         """Yield the records from `start` (or the log's begin, if that is later) to `until` (default: the end).
+
+        Args:
+            start: the first offset.
+            until: the offset to stop before.
+            records_max: most records at once, between which others on the loop have their turn; None = as they come.
 
         Raises:
             PositionLost: the log ends before `start` or `until`.
             ServiceUnavailable: Kafka stopped answering.
         """
+        await self.require(start)
         self.position = max(start, self.begin)
-        if self.end == 0 and max(start, until or 0) > 0:
-            raise PositionLost(f"{self._tp.topic} partition {self._tp.partition} is empty, not read up to {start}")
+        if self.end == 0 and (until or 0) > 0:
+            raise PositionLost(f"{self.place} is empty, not read up to {until}")
         self._consumer.seek(self._tp, self.position)
         with kafka_errors(self._settings, topic=self._tp.topic):
             while self.position < (self.end if until is None else until):
-                records = (await self._consumer.getmany(self._tp, timeout_ms=_POLL_MS)).get(self._tp, [])
+                # What was fetched before comes without a pause.
+                await asyncio.sleep(0)
+                fetched = await self._consumer.getmany(self._tp, timeout_ms=_POLL_MS, max_records=records_max)
+                records = fetched.get(self._tp, [])
                 if until is not None and records and records[-1].offset >= until:
                     records = [record for record in records if record.offset < until]
                     self.position = until
@@ -83,9 +113,7 @@ class LogReader:
                     self.position = await self._consumer.position(self._tp)
                 self._learn_end()
                 if until is not None and not records and self.position == self.end < until:
-                    raise PositionLost(
-                        f"{self._tp.topic} partition {self._tp.partition} ends at {self.end}, before {until}"
-                    )
+                    raise PositionLost(f"{self.place} ends at {self.end}, before {until}")
                 if records:
                     yield records
 

@@ -26,6 +26,7 @@ from pipeline.logs import get_logger
 from pipeline.postgres import PostgresConnectionManager, tls_context
 from pipeline.settings import Settings
 from pipeline.topics import has_transactions, require_topics
+from tables.kinds import stores
 
 ROLES: Final = ("hasher", "reducer", "projector")
 
@@ -117,7 +118,8 @@ async def run_node(settings: Settings, roles: Sequence[str], *, transactions: bo
                 file_hasher = stack.enter_context(FileHasher(settings))
                 apps[role] = hasher.create_app(settings, file_hasher, transactions=transactions)
             elif role == "reducer":
-                apps[role] = reducer.create_app(settings, transactions=transactions)
+                open_store = stack.enter_context(stores(settings))
+                apps[role] = reducer.create_app(settings, open_store, transactions=transactions)
             else:
                 manager = await stack.enter_async_context(PostgresConnectionManager(settings))
                 apps[role] = projector.create_app(settings, manager, transactions=transactions)

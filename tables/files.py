@@ -197,16 +197,19 @@ def fold(
 
 
 def resume(progress: Progress | None, tail: Iterable[Change]) -> Progress | None:
-    """Return the progress of a partition whose changelog ends in changes without a progress record.
+    """Return the progress of a partition at the end of a piece of its changelog, from that before its last changes.
 
-    Only a broker without transactions can leave such a tail, when a writer dies between two record batches.
+    Each batch ends with a progress record, but a piece may end in between, and so may a whole changelog on a broker
+    without transactions, where a writer can die between two record batches.
     """
-    for change in tail:
-        progress = progress or _NOTHING_YET
-        outcomes = dict(progress.outcomes)
-        outcomes[change.outcome] = outcomes.get(change.outcome, 0) + 1
-        progress = replace(progress, next_input_offset=change.input_offset + 1, outcomes=outcomes)
-    return progress
+    before = progress or _NOTHING_YET
+    outcomes = dict(before.outcomes)
+    last: Change | None = None
+    for last in tail:
+        outcomes[last.outcome] = outcomes.get(last.outcome, 0) + 1
+    if last is None:
+        return progress
+    return replace(before, next_input_offset=last.input_offset + 1, outcomes=outcomes)
 
 
 def backoff_ms(event_id: str, attempt: int, rules: Rules) -> float:

@@ -1,15 +1,18 @@
 """The store behind a table: per partition, encoded bytes, written a whole batch at a time.
 
-It is a Faust store, so that the table shows in `app.tables` and in Faust's web view; but nobody writes to it key by
-key. A partition's store is the fold of its changelog up to `position`; the values are the changelog's own bytes, so
-that restoring a million keys decodes none of them.
+A partition's store is the fold of its changelog up to `position`; the values are the changelog's own bytes. There are
+two kinds behind one protocol: in memory (`MemoryStore`, here) and on disk (`RocksStore`, in `tables.rocks`).
+
+`BatchStore` shows all partitions of a table as one Faust store, so that the table is in `app.tables` and in Faust's web
+view; but nobody writes to it key by key.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import asyncio
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NamedTuple, NoReturn, Protocol
 
 import faust
 import msgspec
@@ -18,44 +21,161 @@ from faust.stores.base import SerializedStore
 from pipeline.events import Progress, decode_change, recent_events
 
 
-@dataclass(slots=True)
-class PartitionStore:
-    """The state of one partition.
+class Mark(NamedTuple):
+    """The last progress record that a store has taken: its offset in the changelog, and its bytes.
 
-    `position` is the next changelog offset that is not in `values` yet.
+    A changelog that has another record at that offset is not the one that the store was made from.
     """
+
+    offset: int
+    value: bytes
+
+
+class PartitionStore(Protocol):
+    """The state of one partition, of whichever kind."""
+
+    @property
+    def position(self) -> int:
+        """The next changelog offset that is not in the store yet."""
+
+    @property
+    def progress(self) -> Progress | None:
+        """How far the partition had come in its input at `position`; None = it never began."""
+
+    @property
+    def mark(self) -> Mark | None:
+        """Where the last progress record stood; None = there was none yet."""
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether the state outlives the object: what is closed can be opened again, at the same position."""
+
+    @property
+    def remedy(self) -> str:
+        """What a person does to have a store that does not fit its changelog made anew."""
+
+    @property
+    def get(self) -> Callable[[bytes], bytes | None]:
+        """Return the newest changelog value of a key, None where there is none; raises as `apply` does."""
+
+    def apply(
+        self,
+        changes: Iterable[tuple[bytes, bytes]],
+        progress: Progress | None,
+        position: int,
+        *,
+        mark: Mark | None = None,
+        gone: Iterable[bytes] = (),
+    ) -> None:
+        """Take over a piece of the changelog up to `position`, all of it or nothing.
+
+        Args:
+            changes: key and value of its records, in order, each key at most once in `gone` and here together.
+            progress: the progress at `position`.
+            position: the offset after the piece.
+            mark: the last progress record of the piece; None = it holds none.
+            gone: the keys whose last record was a tombstone.
+
+        Raises:
+            ServiceUnavailable: the disk does not take it (it may be full): close, open again, and restore.
+            RecoveryFailed: the files are damaged.
+        """
+
+    def items(self) -> Iterator[tuple[bytes, bytes]]:
+        """Yield keys and values."""
+
+    def __len__(self) -> int:
+        """The number of keys; on disk an estimate."""
+
+    def close(self) -> None:
+        """Let go of files; safe to call twice. A store in memory has none."""
+
+
+@dataclass(slots=True)
+class MemoryStore:
+    """A partition in memory: `values` by key."""
 
     values: dict[bytes, bytes] = field(default_factory=dict)
     progress: Progress | None = None
     position: int = 0
+    mark: Mark | None = None
+    #: The dict's own method: nothing stands between the fold and the values.
+    get: Callable[[bytes], bytes | None] = field(init=False, repr=False, compare=False)
 
-    def apply(self, changes: Iterable[tuple[bytes, bytes]], progress: Progress, position: int) -> None:
-        """Take over what a committed batch wrote."""
+    on_disk: ClassVar[bool] = False
+    remedy: ClassVar[str] = "restart this node to read it as it is"
+
+    def __post_init__(self) -> None:
+        self.get = self.values.get
+
+    def apply(
+        self,
+        changes: Iterable[tuple[bytes, bytes]],
+        progress: Progress | None,
+        position: int,
+        *,
+        mark: Mark | None = None,
+        gone: Iterable[bytes] = (),
+    ) -> None:
+        """Take over a piece of the changelog; see `PartitionStore`."""
         assert position >= self.position, "a changelog only grows"
         self.values.update(changes)
+        for key in gone:
+            self.values.pop(key, None)
         self.progress = progress
         self.position = position
+        self.mark = mark or self.mark
+
+    def items(self) -> Iterator[tuple[bytes, bytes]]:
+        """Yield keys and values."""
+        return iter(self.values.items())
+
+    def __len__(self) -> int:
+        """The number of keys."""
+        return len(self.values)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+#: Opens the store of a partition by table, changelog topic and partition number.
+OpenStore = Callable[[str, str, int], PartitionStore]
+
+
+def open_in_memory(_table: str, _topic: str, _partition: int) -> PartitionStore:
+    """Return an empty store in memory: the default `OpenStore`."""
+    return MemoryStore()
 
 
 class BatchStore(SerializedStore[Any, Any]):
     """All partitions of a table in this process, as the store that Faust looks into."""
 
     def __post_init__(self) -> None:
+        #: Those that are open.
         self.partitions: dict[int, PartitionStore] = {}
+        #: How the store of a partition is opened; whoever makes the table may say another way.
+        self.open_partition: Callable[[int], PartitionStore] = lambda _number: MemoryStore()
 
     def partition(self, number: int) -> PartitionStore:
-        """Return the store of a partition, an empty one at first."""
-        return self.partitions.setdefault(number, PartitionStore())
+        """Return the store of a partition: the one that is open, else what is on disk, else an empty one.
+
+        Raises:
+            ServiceUnavailable: the disk does not do it now.
+            RecoveryFailed: what is on disk cannot be used.
+        """
+        if number not in self.partitions:
+            self.partitions[number] = self.open_partition(number)
+        return self.partitions[number]
 
     def retain(self, numbers: Iterable[int]) -> None:
-        """Drop every partition that is not among these."""
+        """Close and drop every partition that is not among these; its files stay, for the case that it comes back."""
         kept = set(numbers)
         for number in self.partitions.keys() - kept:
-            del self.partitions[number]
+            self.partitions.pop(number).close()
 
     def _get(self, key: bytes) -> bytes | None:
         # A rejected input with the wrong key may have left its uri in a partition that is not the file's.
-        values = [store.values[key] for store in self.partitions.values() if key in store.values]
+        values = [value for store in self.partitions.values() if (value := store.get(key)) is not None]
         return max(values, key=lambda value: decode_change(value).state is not None, default=None)
 
     def _set(self, key: bytes, value: bytes | None) -> NoReturn:
@@ -68,19 +188,19 @@ class BatchStore(SerializedStore[Any, Any]):
         self._set(b"", None)
 
     def _iterkeys(self) -> Iterator[bytes]:
-        return (key for store in self.partitions.values() for key in store.values)
+        return (key for key, _ in self._iteritems())
 
     def _itervalues(self) -> Iterator[bytes]:
-        return (value for store in self.partitions.values() for value in store.values.values())
+        return (value for _, value in self._iteritems())
 
     def _iteritems(self) -> Iterator[tuple[bytes, bytes]]:
-        return (item for store in self.partitions.values() for item in store.values.items())
+        return (item for store in list(self.partitions.values()) for item in store.items())
 
     def _size(self) -> int:
-        return sum(len(store.values) for store in self.partitions.values())
+        return sum(len(store) for store in self.partitions.values())
 
     def _contains(self, key: bytes) -> bool:
-        return any(key in store.values for store in self.partitions.values())
+        return any(store.get(key) is not None for store in self.partitions.values())
 
     def _encode_key(self, key: Any) -> bytes:
         return key if isinstance(key, bytes) else str(key).encode()
@@ -101,10 +221,10 @@ class BatchStore(SerializedStore[Any, Any]):
         }
 
     def persisted_offset(self, _tp: Any) -> None:
-        """Nothing is on disk."""
+        """Faust keeps no offsets: a partition's store holds its own position."""
 
     def set_persisted_offset(self, _tp: Any, _offset: int) -> None:
-        """Nothing is on disk."""
+        """Faust keeps no offsets: a partition's store holds its own position."""
 
     async def need_active_standby_for(self, _tp: Any) -> bool:
         """Whether Faust should look for a standby: never, recovery is ours."""
@@ -123,8 +243,17 @@ class BatchStore(SerializedStore[Any, Any]):
         self._set(b"", None)
 
     def reset_state(self) -> None:
-        """Forget everything."""
-        self.partitions.clear()
+        """Forget everything that is in memory."""
+        self.retain(())
+
+
+async def release(stores: BatchStore, number: int) -> None:
+    """Let go of a partition that may come back: what is on disk is closed, what is in memory stays."""
+    store = stores.partitions.get(number)
+    if store is not None and store.on_disk:
+        del stores.partitions[number]
+        # It writes what is in its buffers, and lets other threads run meanwhile.
+        await asyncio.to_thread(store.close)
 
 
 class BatchTable(faust.Table[bytes, bytes]):

@@ -114,9 +114,9 @@ async def measure(stages: Sequence[Stage], *, events: int, services: Mapping[str
 async def _mark(at: float, stages: Sequence[Stage], finished: int, pids: Mapping[str, int]) -> _Mark:
     # The CPU first: it goes with the moment and the progress that are known already.
     cpu_seconds = {name: _cpu_seconds(pid) for name, pid in pids.items()}
-    foreign_seconds = _busy_seconds() - _kernel_seconds() - sum(cpu_seconds.values()) - _own_seconds()
+    foreign = _busy_seconds() - _kernel_seconds() - sum(cpu_seconds.values()) - _own_seconds()
     progress = {stage.name: await stage.progress() for stage in stages[:-1]}
-    return _Mark(at, progress | {stages[-1].name: finished}, cpu_seconds, foreign_seconds)
+    return _Mark(at, progress | {stages[-1].name: finished}, cpu_seconds, foreign)
 
 
 def _difference(
@@ -145,6 +145,12 @@ def _difference(
         cpu_us_per_event=cpu,
         samples=samples,
     )
+
+
+def foreign_seconds(pids: Sequence[int]) -> float:
+    """Return the CPU time so far of all but the kernel, these processes, and this one with its children that ended."""
+    own = sum(psutil.Process().cpu_times()[:4])
+    return _busy_seconds() - _kernel_seconds() - own - sum(_cpu_seconds(pid) for pid in pids)
 
 
 def _check(running: Mapping[str, subprocess.Popen[bytes]], logs: Path, *, stalled_seconds: float) -> None:

@@ -99,7 +99,7 @@ async def run_bench(plan: Plan, say: Say) -> Report:
     chain, limit = (summarize([run for run in runs if run.system == name]) for name in (Chain.name, Limit.name))
     foreign = [run.measured.foreign_load_percent for run in (*runs, *hops)]
     return Report(
-        machine=_machine(),
+        machine=machine(),
         versions=versions,
         events=plan.load.events,
         uris=plan.load.uris,
@@ -193,7 +193,8 @@ async def _versions(site: Site, say: Say) -> dict[str, str]:
     }
 
 
-def _machine() -> dict[str, str | int]:
+def machine() -> dict[str, str | int]:
+    """Return what a measurement was made on."""
     return {"cores": os.cpu_count() or 1, "cpu": _cpu_model(), "memory_bytes": psutil.virtual_memory().total}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 import msgspec
@@ -12,9 +12,30 @@ from pipeline.cli.output import print_json, print_table, talk
 from pipeline.errors import StamplineError
 
 if TYPE_CHECKING:
+    from pipeline.bench.recovery import RecoveryReport
     from pipeline.bench.run import Report
 
-_NOT_MEASURED = "not measured"
+_NOT_MEASURED: Final = "not measured"
+
+
+_KEYS_MIN: Final = 1000
+
+
+class _Numbers(click.ParamType):
+    """Numbers with commas between."""
+
+    name = "N,N,…"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """Return the numbers, or say which is none."""
+        if isinstance(value, tuple):
+            return value
+        numbers = []
+        for part in str(value).split(","):
+            if not part.isdecimal() or int(part) < _KEYS_MIN:
+                self.fail(f"{part!r} is no number from {_KEYS_MIN} on", param, ctx)
+            numbers.append(int(part))
+        return tuple(numbers)
 
 
 @click.command("bench")
@@ -22,8 +43,14 @@ _NOT_MEASURED = "not measured"
 @click.option("--uris", type=click.IntRange(1), default=20_000, show_default=True, help="Files they are about.")
 @click.option("--runs", type=click.IntRange(1, 100), default=1, show_default=True, help="Times both are measured.")
 @click.option("--hops", is_flag=True, help="Measure each role alone too.")
+@click.option("--recovery", is_flag=True, help="Measure instead how long a table takes to come back.")
+@click.option(
+    "--keys", type=_Numbers(), default="1000000", show_default=True, help="Sizes of the tables for --recovery."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
-def command(events: int, uris: int, runs: int, *, hops: bool, as_json: bool) -> None:
+def command(
+    events: int, uris: int, runs: int, *, hops: bool, recovery: bool, keys: tuple[int, ...], as_json: bool
+) -> None:
     """Measure the events a second of this machine, and those of a hand-written limit beside it.
 
     Starts Apache Kafka and PostgreSQL unless KAFKA_BOOTSTRAP_SERVERS and POSTGRES_* name some. A run is an error, with
@@ -32,12 +59,20 @@ def command(events: int, uris: int, runs: int, *, hops: bool, as_json: bool) -> 
     try:
         # The meter and the limit need development tools that an installed stampline does not have.
         from pipeline.bench.load import Load  # noqa: PLC0415
+        from pipeline.bench.recovery import RecoveryPlan, run_recovery  # noqa: PLC0415
         from pipeline.bench.run import Plan, run_bench  # noqa: PLC0415
     except ModuleNotFoundError as exc:
         raise StamplineError(
             f"`stampline bench` needs a checkout with its development tools, and there is no {exc.name}: "
             "run `make bench` in a clone of the repository"
         ) from exc
+    if recovery:
+        recovered = asyncio.run(run_recovery(RecoveryPlan(keys, runs), talk))
+        if as_json:
+            print_json(msgspec.to_builtins(recovered))
+        else:
+            show_recovery(recovered)
+        return
     report = asyncio.run(run_bench(Plan(Load(events, min(uris, events)), runs, hops), talk))
     if as_json:
         print_json(msgspec.to_builtins(report))
@@ -82,6 +117,31 @@ def show(report: Report) -> None:
     talk(f"foreign_load_percent: {_NOT_MEASURED if foreign is None else foreign}")
     if foreign is not None and foreign > FOREIGN_LOAD_PERCENT_MAX:
         talk(f"others used more than {FOREIGN_LOAD_PERCENT_MAX:g} % of this machine: do not believe these numbers")
+
+
+def show_recovery(report: RecoveryReport) -> None:
+    """Print a report on recovery for people."""
+    machine, versions = report.machine, report.versions
+    talk(f"{machine['cores']} cores of {machine['cpu']}, {int(machine['memory_bytes']) / 2**30:.0f} GiB")
+    talk(", ".join(f"{name} {version}" for name, version in versions.items()))
+    talk(f"keys of {report.key_bytes} bytes, values of {report.value_bytes:g}, {report.partitions} partitions at once")
+    print_table(
+        [
+            {
+                "keys": recovery.keys,
+                "store": recovery.store,
+                "restored": recovery.what,
+                "records": recovery.records,
+                "s": round(recovery.seconds, 2),
+                "rec./s": round(recovery.keys_per_second),
+                "RAM B/key": recovery.memory_bytes_per_key,
+                "disk B/key": "" if recovery.disk_bytes_per_key is None else recovery.disk_bytes_per_key,
+                "others %": _shown(recovery.foreign_load_percent),
+            }
+            for recovery in report.recoveries
+        ],
+        title="Recovery",
+    )
 
 
 def _hop_row(name: str, measured: Any) -> dict[str, Any]:

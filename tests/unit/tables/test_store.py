@@ -1,10 +1,12 @@
-"""The store of a table: a whole batch at a time, per partition, and readable for Faust."""
+"""The store of a table: all its partitions as Faust sees them. Those themselves: `test_partition_stores.py`."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +16,8 @@ from agents import reducer
 from pipeline.app import RoleApp
 from pipeline.events import Change, FileState, Progress, encode_record
 from pipeline.settings import Settings
-from tables.store import BatchStore, BatchTable, PartitionStore
+from tables.kinds import stores
+from tables.store import BatchStore, BatchTable, release
 
 pytestmark = pytest.mark.unit
 
@@ -46,15 +49,18 @@ def make_value(version: int = 1, **fields: Any) -> bytes:
 STATELESS = encode_record(Change(outcome="rejected", input_offset=9, recorded_at=NOON, state=None, reason="wrong_key"))
 
 
-@pytest.fixture
-def table() -> BatchTable:
-    """A table as the reducer makes it, in a Faust app that was not started."""
+@pytest.fixture(params=["memory", "rocksdb"])
+def table(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[BatchTable]:
+    """A table as the reducer makes it, in a Faust app that was not started, with stores of each kind."""
     role = reducer.Reducer(Settings(), transactions=True)
     app = RoleApp(reducer.APP_ID, Settings(), role, transactions=True)
     table = BatchTable(app, name=reducer.TABLE, key_type=bytes, value_type=bytes, partitions=8)
     app.tables.add(table)
-    role.store = table.batch_store
-    return table
+    with stores(Settings(table_store=request.param, table_dir=tmp_path / "tables")) as open_store:
+        table.batch_store.open_partition = partial(open_store, reducer.TABLE, "changelog")
+        role.store = table.batch_store
+        yield table
+        table.batch_store.retain(())
 
 
 @pytest.fixture
@@ -66,34 +72,27 @@ def store(table: BatchTable) -> BatchStore:
     return table.batch_store
 
 
-def test_a_batch_is_taken_over_as_a_whole() -> None:
-    """Values, progress and position move together; within a batch the last value of a key wins."""
-    store = PartitionStore()
-    first, second = Progress(next_input_offset=3, outcomes={}), Progress(next_input_offset=5, outcomes={})
-
-    store.apply([(b"a", b"1"), (b"b", b"2"), (b"a", b"3")], first, 4)
-    store.apply([(b"b", b"4")], second, 6)
-
-    assert store == PartitionStore({b"a": b"3", b"b": b"4"}, second, 6)
-
-
-def test_a_changelog_that_shrinks_is_a_bug() -> None:
-    """Positions only go forward."""
-    store = PartitionStore(position=5)
-    with pytest.raises(AssertionError, match="only grows"):
-        store.apply([], Progress(next_input_offset=1, outcomes={}), 4)
-    assert store == PartitionStore(position=5)
-
-
 def test_only_the_partitions_that_stay_are_kept(store: BatchStore) -> None:
-    """A partition that comes back later begins empty; one that stays is not touched."""
-    kept = store.partition(1)
+    """One that stays is not touched; one that comes back later begins empty, or with what is on disk."""
+    gone, kept = store.partition(0), store.partition(1)
 
     store.retain([1, 5])
 
     assert store.partitions == {1: kept}
     assert store.partition(1) is kept
-    assert store.partition(0) == PartitionStore()
+    assert store.partition(0) is not gone
+    assert dict(store.partition(0).items()) == ({KEY: make_value()} if gone.on_disk else {})
+
+
+async def test_a_partition_that_is_released_is_not_lost(store: BatchStore) -> None:
+    """What is in memory stays as it is, and what is on disk is opened again, at the same position."""
+    before = dict(store.items())
+
+    for _ in range(2):
+        await release(store, 0)
+
+    assert [store.partition(number).position for number in (0, 1)] == [2, 2]
+    assert dict(store.items()) == before
 
 
 def test_faust_sees_states_as_people_read_them(table: BatchTable, store: BatchStore) -> None:
@@ -169,12 +168,12 @@ def test_a_rejected_input_with_the_wrong_key_hides_no_file(store: BatchStore) ->
 )
 def test_nobody_writes_key_by_key(store: BatchStore, write: Callable[[Any], Any]) -> None:
     """Faust's own ways to write are refused, and leave everything as it was."""
-    before = dict(store.partition(0).values)
+    before = dict(store.partition(0).items())
 
     with pytest.raises(TypeError, match="only through its reducer"):
         write(store)
 
-    assert store.partition(0).values == before
+    assert dict(store.partition(0).items()) == before
 
 
 def test_a_table_refuses_writes_too(table: BatchTable, store: BatchStore) -> None:
