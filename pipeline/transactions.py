@@ -20,8 +20,8 @@ from aiokafka.producer.message_accumulator import BatchBuilder
 from aiokafka.structs import RecordMetadata
 from faust.types import TP
 
-from pipeline.errors import BatchAborted, PartitionFenced, ServiceUnavailable
-from pipeline.kafka import kafka_errors, kafka_options
+from pipeline.errors import PartitionFenced, ServiceUnavailable
+from pipeline.kafka import abandon, kafka_errors, kafka_options
 from pipeline.records import Record
 from pipeline.settings import Settings
 from pipeline.topics import RECORD_BATCH_MAX_BYTES
@@ -94,16 +94,19 @@ class Writer:
                 raise
 
     async def aclose(self) -> None:
-        """Disconnect. What was not committed is aborted by the broker."""
-        await self._producer.stop()
+        """Disconnect. What was not committed is aborted by the broker; cancelled, it lets go of what is under way."""
+        try:
+            await self._producer.stop()
+        except asyncio.CancelledError:
+            await abandon(self._producer, "the partition was closed before Kafka answered")
+            raise
 
     async def write(self, outputs: Mapping[str, Sequence[Record]], offsets: Mapping[TP, int]) -> dict[str, int]:
         """Write the outputs of one batch and commit its input offsets; return the next offset of each topic written.
 
         Raises:
-            BatchAborted: nothing was written, try again.
             PartitionFenced: another process owns the partition now.
-            ServiceUnavailable: it is not known whether the batch was written; open a new writer and read.
+            ServiceUnavailable: nothing was written, or it is not known whether it was: open a new writer and read.
         """
         if not self._transactional:
             return await self._write_at_least_once(outputs, offsets)
@@ -120,7 +123,9 @@ class Writer:
             raise PartitionFenced from exc
         except KafkaError as exc:
             await self._abort()
-            raise BatchAborted(f"transaction aborted: {exc}") from exc
+            # Not to be tried again with this writer: what was not delivered has used up sequence numbers, and the
+            # broker takes no others after them.
+            raise ServiceUnavailable(f"transaction aborted: {exc}") from exc
         except asyncio.CancelledError:
             await asyncio.wait([asyncio.ensure_future(self._abort())], timeout=_ABORT_TIMEOUT_SECONDS)
             raise

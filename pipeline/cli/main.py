@@ -7,12 +7,12 @@ Standard output is data, standard error is talk. Exit codes: 0 ok, 1 failed, 2 u
 from __future__ import annotations
 
 import importlib
-import logging
 import sys
 from typing import Any, Final
 
 import click
 
+from pipeline import logs
 from pipeline.errors import StamplineError
 
 #: Every command and the module it lives in.
@@ -52,9 +52,7 @@ def cli() -> None:
 
 def main(args: list[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    # Until a command sets up logging: what a library says of a service that is away, our error says better.
-    for name in ("aiokafka", "asyncio"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    logs.keep_silent()  # until a command sets up logging
     try:
         result: Any = cli.main(args=args, prog_name="stampline", standalone_mode=False)
     except click.ClickException as exc:

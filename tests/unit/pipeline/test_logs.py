@@ -15,7 +15,7 @@ import pytest
 import structlog
 from pydantic import SecretStr
 
-from pipeline.logs import configure, get_logger
+from pipeline.logs import configure, get_logger, keep_silent
 from pipeline.settings import Settings
 
 pytestmark = pytest.mark.unit
@@ -150,3 +150,24 @@ def test_to_configure_twice_says_nothing_twice(output: io.StringIO) -> None:
         configure(Settings(log_format="json"), stream=output)
     get_logger("ours").info("once")
     assert len(_lines(output)) == 1
+
+
+def test_a_command_that_has_not_set_up_logging_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    """The standard output of a command is its data; what is wrong is its one line of error."""
+    keep_silent()
+    get_logger("stampline.test").warning("breaker_opened", failures=5)
+    logging.getLogger("aiokafka").error("Unable connect to node")
+
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_driver_that_repeats_itself_is_heard_now_and_then(output: io.StringIO) -> None:
+    """The same words of aiokafka pass once in a while, other words and other loggers always."""
+    configure(Settings(log_format="json"), stream=output)
+    for _ in range(5):
+        logging.getLogger("aiokafka.conn").warning("Unable connect to node %s", 1)
+        logging.getLogger("stampline").warning("mine")
+    logging.getLogger("aiokafka.conn").warning("Unable connect to node %s", 2)
+
+    said = [line["event"] for line in _lines(output)]
+    assert said == ["Unable connect to node 1", *["mine"] * 5, "Unable connect to node 2"]
