@@ -108,15 +108,12 @@ def make_settings(services: SharedServices, database: str, topic_prefix: str) ->
     """Make settings for this test's services; every setting may be given, nothing comes from the environment."""
 
     def make(**overrides: Any) -> Settings:
-        defaults = {name: field.get_default(call_default_factory=True) for name, field in Settings.model_fields.items()}
         ours = {
             "kafka_bootstrap_servers": services.kafka_bootstrap_servers,
             "postgres_dsn": database,
             "kafka_topic_prefix": topic_prefix,
-            "database_pool_min_size": 1,
-            "database_pool_max_size": 5,
         }
-        return load_settings(**{**defaults, **ours, **overrides})
+        return make_settings_for(**{**ours, **overrides})
 
     return make
 
@@ -125,6 +122,13 @@ def make_settings(services: SharedServices, database: str, topic_prefix: str) ->
 def settings(make_settings: MakeSettings) -> Settings:
     """Settings for this test's services, otherwise the defaults."""
     return make_settings()
+
+
+def make_settings_for(**overrides: Any) -> Settings:
+    """Make settings: these, a small pool of connections, otherwise the defaults; nothing from the environment."""
+    defaults = {name: field.get_default(call_default_factory=True) for name, field in Settings.model_fields.items()}
+    pool = {"database_pool_min_size": 1, "database_pool_max_size": 5}
+    return load_settings(**{**defaults, **pool, **overrides})
 
 
 def with_database(dsn: str, name: str) -> str:
