@@ -32,7 +32,7 @@ demo: $(VENV)/.demo ## Run everything on this machine and show events become row
 
 .PHONY: test
 test: $(VENV)/.dev ## Run unit and integration tests (ARGS="-k scan", ARGS="-m chaos", …)
-	@$(VENV)/bin/pytest -m "not chaos and not performance" $(ARGS)
+	@$(VENV)/bin/pytest -m "not chaos and not performance and not soak" $(ARGS)
 
 .PHONY: lint
 lint: $(VENV)/.dev ## Check format, style, types and the direction of imports, as the commit hooks do
@@ -50,6 +50,10 @@ bench: $(VENV)/.dev ## Measure throughput and freshness beside the limits of thi
 .PHONY: chaos
 chaos: $(VENV)/.dev ## Kill, pause and cut off real processes, and prove that nothing is lost or twice
 	@$(VENV)/bin/pytest -m chaos -s $(ARGS)
+
+.PHONY: soak
+soak: $(VENV)/.dev ## Send events for an hour and see that nothing grows (SOAK_MINUTES, SOAK_RATE, SOAK_REPORT)
+	@$(VENV)/bin/pytest -m soak -s tests/chaos/test_soak.py $(ARGS)
 
 .PHONY: schema
 schema: $(VENV)/.dev ## Write pipeline/events.schema.json anew

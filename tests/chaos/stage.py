@@ -12,7 +12,7 @@ import random
 import signal
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -87,9 +87,10 @@ class Stage:
     #: The next offset of each partition after what Kafka has acknowledged, and what is visible.
     sent: Counter[int] = field(default_factory=Counter)
     visible: dict[int, int] = field(default_factory=dict)
-    #: How often a portion had to be sent again.
-    sent_again: int = 0
+    #: How often the producer had to connect again.
+    interruptions: int = 0
     _quiet: bool = False
+    _producing: asyncio.Task[None] | None = None
 
     def start(self, role: str, slot: int) -> NodeProcess:
         """Start the node of a slot. Every second reducer keeps its table on disk."""
@@ -122,6 +123,18 @@ class Stage:
         """Tell whether everything before this mark can be seen in PostgreSQL."""
         return all(self.visible.get(partition, 0) >= offset for partition, offset in mark.items())
 
+    async def until_working(self) -> float:
+        """Wait until an event of every partition that was sent from now on is visible; return how long it took, in s.
+
+        Raises:
+            AssertionError: as `until`.
+        """
+        begun, before = time.monotonic(), self.sent.copy()
+        await self.until(lambda: all(self.sent[number] > before[number] for number in range(PARTITIONS)))
+        mark = self.sent.copy()
+        await self.until(lambda: self.is_visible(mark))
+        return time.monotonic() - begun
+
     async def until(self, condition: Callable[[], bool]) -> None:
         """Wait for a condition.
 
@@ -137,30 +150,30 @@ class Stage:
             await asyncio.sleep(_POLL_SECONDS)
 
     async def be_quiet(self) -> None:
-        """Stop producing and wait until all is visible."""
+        """Stop producing, once what is under way has been acknowledged, and wait until all is visible."""
         self._quiet = True
-        await asyncio.sleep(2 / _PORTIONS_PER_SECOND)
+        assert self._producing is not None
+        await self._producing
         await self.until(lambda: self.is_visible(self.sent))
 
     async def produce(self) -> None:
         """Send events at a constant rate, until it is quiet; what Kafka did not acknowledge is sent again."""
         size = round(self.events_per_second / _PORTIONS_PER_SECOND)
         due = time.monotonic()
+        portion: list[FileEvent] = []
         while not self._quiet:
-            portion = [self._make_event(len(self.events) + number) for number in range(size)]
-            self.events += portion
-            await self._send(portion)
-            due = max(due + 1 / _PORTIONS_PER_SECOND, time.monotonic() - 1)
-            await asyncio.sleep(max(0.0, due - time.monotonic()))
-
-    async def _send(self, portion: Sequence[FileEvent]) -> None:
-        while True:
             with suppress(ServiceUnavailable):
                 async with EventProducer(self.settings) as producer:
-                    for partition, offset in await producer.send_all(portion):
-                        self.sent[partition] = max(self.sent[partition], offset + 1)
-                    return
-            self.sent_again += 1
+                    while not self._quiet:
+                        if not portion:
+                            portion = [self._make_event(len(self.events) + number) for number in range(size)]
+                            self.events += portion
+                        for partition, offset in await producer.send_all(portion):
+                            self.sent[partition] = max(self.sent[partition], offset + 1)
+                        portion = []
+                        due = max(due + 1 / _PORTIONS_PER_SECOND, time.monotonic() - 1)
+                        await asyncio.sleep(max(0.0, due - time.monotonic()))
+            self.interruptions += not self._quiet
             await asyncio.sleep(_POLL_SECONDS)
 
     def _make_event(self, number: int) -> FileEvent:
@@ -243,8 +256,7 @@ async def run_stage(
             kafka_bootstrap_servers=kafka.address,
             postgres_dsn=dsn,
             kafka_topic_partitions=PARTITIONS,
-            kafka_session_timeout_ms=round(SESSION_SECONDS * 1000),
-            **variables,
+            **{"kafka_session_timeout_ms": round(SESSION_SECONDS * 1000), **variables},
         )
         await create_topics(settings)
         database = dsn.partition("@/")[2].partition("?")[0]
@@ -272,11 +284,12 @@ async def run_stage(
             for slot in (0, 1):
                 stage.start(role, slot)
         async with asyncio.TaskGroup() as tasks:
-            background = [tasks.create_task(work) for work in (stage.produce(), stage.look(), stage.supervise())]
+            stage._producing = tasks.create_task(stage.produce())
+            background = [tasks.create_task(work) for work in (stage.look(), stage.supervise())]
             try:
                 yield stage
             finally:
-                for task in background:
+                for task in (stage._producing, *background):
                     task.cancel()
 
 
