@@ -16,7 +16,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from types import TracebackType
-from typing import Any, Final, Self, TypeAlias
+from typing import Any, Final, NamedTuple, Self, TypeAlias
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import asyncpg
@@ -266,6 +266,25 @@ def loses_connection(exc: BaseException) -> bool:
     """Whether an error says that there is no connection to the server: the failures that the breaker counts."""
     # What the driver finds wrong with a value is an InterfaceError too.
     return isinstance(exc, _UNCONNECTED) and not refuses_data(exc)
+
+
+def lacks_partition(exc: BaseException) -> bool:
+    """Whether a table has no partition for a row, which PostgreSQL tells as a check without a name."""
+    return isinstance(exc, asyncpg.CheckViolationError) and exc.constraint_name is None
+
+
+class Double(NamedTuple):
+    """A row that was refused because its table has one with such a key already, and what PostgreSQL says of the key."""
+
+    table: str
+    key: str
+
+
+def find_double(exc: BaseException) -> Double | None:
+    """Return which row is there twice, None where the error is another one."""
+    if not isinstance(exc, asyncpg.UniqueViolationError):
+        return None
+    return Double(exc.table_name or "", exc.detail or "")
 
 
 def translate(exc: BaseException, dsn: str) -> StamplineError | None:

@@ -31,10 +31,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
 
-import asyncpg
-
 from pipeline.errors import PartitionFenced, PositionLost, RowsRefused, SettingsError, StamplineError
-from pipeline.postgres import Connection, PostgresConnectionManager, refuses_data
+from pipeline.postgres import Connection, PostgresConnectionManager, find_double, lacks_partition, refuses_data
 from projections import file_history, files
 from projections.feed import FeedBatch
 from projections.queries import query
@@ -165,7 +163,7 @@ class ProjectionWriter:
         except Exception as exc:
             if not refuses_data(exc) and not isinstance(exc, _NOT_ENCODABLE):
                 raise
-            if _lacks_partition(exc):
+            if lacks_partition(exc):
                 self._month = None  # Was it dropped? The next call makes it again.
             raise _refusal(exc) from exc
 
@@ -185,22 +183,18 @@ class _TakenBack(Exception):
 def _refusal(exc: Exception) -> StamplineError:
     """Return our error for something refused, with the first line of what is said; the rest of it tells values."""
     said = str(exc).partition("\n")[0] or type(exc).__name__
-    if _lacks_partition(exc):
+    if lacks_partition(exc):
         return SettingsError(
             f"the history has no partition for this month ({said}): if it was detached, attach it again; "
             "if it was dropped, it is made anew"
         )
-    if isinstance(exc, asyncpg.UniqueViolationError) and (exc.table_name or "").startswith(file_history.NAME):
+    double = find_double(exc)
+    if double is not None and double.table.startswith(file_history.NAME):
         return PositionLost(
-            f"an input is in the history already ({said}; {exc.detail}): the feed holds it twice, or rows were "
+            f"an input is in the history already ({said}; {double.key}): the feed holds it twice, or rows were "
             "changed by hand. Nothing was written; `stampline verify` tells what is there"
         )
     return RowsRefused(said)
-
-
-def _lacks_partition(exc: Exception) -> bool:
-    """Whether it is a table without a partition for a row, which PostgreSQL tells as a check without a name."""
-    return isinstance(exc, asyncpg.CheckViolationError) and exc.constraint_name is None
 
 
 async def _copy(connection: Connection, history_rows: list[tuple[Any, ...]], files_rows: list[tuple[Any, ...]]) -> None:

@@ -186,7 +186,7 @@ class Breaker(RuleBasedStateMachine):
 
 
 TestBreaker = Breaker.TestCase
-TestBreaker.settings = settings(max_examples=200, stateful_step_count=60, deadline=None)
+TestBreaker.settings = settings(max_examples=200, stateful_step_count=60)
 
 
 def test_failures_in_a_row_open_it(breaker: DatabaseCircuitBreaker) -> None:

@@ -170,7 +170,7 @@ def crashed(path: Path, *, cut_bytes: int = 0) -> Iterator[RocksStore]:
             store.close()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(batches=BATCHES, seed=st.integers(0, 2**32))
 def test_whatever_a_crash_leaves_is_the_fold_of_the_changelog_up_to_its_position(
     batches: list[list[tuple[bytes, bool]]], seed: int
@@ -197,7 +197,7 @@ def test_whatever_a_crash_leaves_is_the_fold_of_the_changelog_up_to_its_position
         store.close()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(batches=BATCHES, share=st.floats(0, 1))
 def test_a_log_that_is_cut_off_anywhere_leaves_whole_batches(
     batches: list[list[tuple[bytes, bool]]], share: float
