@@ -21,7 +21,7 @@ from typing import Final
 from faust.types import TP, StreamT
 
 from agents.standalone import run_role
-from pipeline.app import RoleApp
+from pipeline.app import RoleApp, WebPlace
 from pipeline.errors import PositionLost
 from pipeline.hashing import FileHasher
 from pipeline.lanes import Batch
@@ -118,10 +118,12 @@ class Hasher:
         """Nothing is kept of a closed partition."""
 
 
-def create_app(settings: Settings, file_hasher: FileHasher, *, transactions: bool) -> RoleApp:
+def create_app(
+    settings: Settings, file_hasher: FileHasher, *, transactions: bool, web: WebPlace | None = None
+) -> RoleApp:
     """Return the hasher's Faust app; the caller closes `file_hasher`."""
     hasher = Hasher(settings, file_hasher, transactions=transactions)
-    app = RoleApp(APP_ID, settings, hasher, transactions=transactions)
+    app = RoleApp(APP_ID, settings, hasher, transactions=transactions, web=web)
 
     @app.agent(app.batches(FILE_EVENTS), name="hasher")
     async def hash_events(batches: StreamT[Batch]) -> None:

@@ -35,7 +35,7 @@ from typing import Final
 from faust.types import TP, StreamT
 
 from agents.standalone import run_role
-from pipeline.app import RoleApp
+from pipeline.app import RoleApp, WebPlace
 from pipeline.errors import PositionLost, RowsRefused, StamplineError
 from pipeline.lanes import Batch
 from pipeline.logs import get_logger
@@ -183,10 +183,12 @@ async def _mirror(partition: _Partition, tp: TP) -> None:
         log.debug("position_not_mirrored", partition=tp.partition, error=str(exc))
 
 
-def create_app(settings: Settings, manager: PostgresConnectionManager, *, transactions: bool) -> RoleApp:
+def create_app(
+    settings: Settings, manager: PostgresConnectionManager, *, transactions: bool, web: WebPlace | None = None
+) -> RoleApp:
     """Return the projector's Faust app; the caller opens and closes the connections."""
     projector = Projector(settings, manager, transactions=transactions)
-    app = RoleApp(APP_ID, settings, projector, transactions=transactions)
+    app = RoleApp(APP_ID, settings, projector, transactions=transactions, web=web)
 
     @app.agent(app.batches(FILES_CHANGELOG), name="projector")
     async def project_changes(batches: StreamT[Batch]) -> None:

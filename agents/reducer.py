@@ -15,7 +15,7 @@ end of the changelog, and only then read the committed offsets.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -24,7 +24,7 @@ from typing import Final
 from faust.types import TP, StreamT
 
 from agents.standalone import run_role
-from pipeline.app import RoleApp, bind_web_socket
+from pipeline.app import RoleApp, WebPlace
 from pipeline.errors import PositionLost
 from pipeline.events import ATTEMPT_HEADER, PROGRESS_KEY, Stamp, decode_stamp, encode_record
 from pipeline.lanes import Batch
@@ -36,6 +36,7 @@ from pipeline.transactions import Writer
 from pipeline.transport import BatchConsumer, LogRange
 from tables.changelog import restore
 from tables.files import Rules, backoff_ms, fold
+from tables.standby import Standbys
 from tables.store import BatchStore, BatchTable, Mark, OpenStore, PartitionStore, open_in_memory, release
 
 APP_ID: Final = "stampline-reducer"
@@ -69,12 +70,15 @@ class Reducer:
         self._partitions: dict[TP, _Partition] = {}
         self._group = topic_name(settings, APP_ID)
         self._changelog = topic_name(settings, FILES_CHANGELOG)
+        #: Copies of partitions that other nodes reduce.
+        self.standbys = Standbys(settings, self._changelog)
         #: The table's store; the app gives it its table.
         self.store: BatchStore | None = None
 
     async def open(self, tp: TP, consumer: BatchConsumer) -> int:
         """Fence, restore, and find the place to go on; see `pipeline.lanes.Role`."""
         assert self.store is not None
+        await self.standbys.hand_over(tp.partition)
         writer = Writer(
             self._settings,
             partition=tp.partition,
@@ -186,6 +190,19 @@ class Reducer:
         if self.store is not None:
             self.store.retain(tp.partition for tp in tps)
 
+    def follow(self, changelogs: Collection[TP]) -> None:
+        """Keep copies of partitions that other nodes reduce; see `pipeline.lanes.Follower`."""
+        if self.store is not None:
+            self.standbys.follow(self.store, {tp.partition for tp in changelogs})
+
+    async def unfollow(self) -> None:
+        """Stop that; see `pipeline.lanes.Follower`."""
+        await self.standbys.unfollow()
+
+    def copies(self) -> Mapping[int, str]:
+        """Tell what the copies are doing; see `pipeline.lanes.Follower`."""
+        return self.standbys.status()
+
 
 def _position(tp: TP, log_range: LogRange, store: PartitionStore) -> int:
     committed = log_range.committed
@@ -203,10 +220,12 @@ def _position(tp: TP, log_range: LogRange, store: PartitionStore) -> int:
     return committed
 
 
-def create_app(settings: Settings, open_store: OpenStore = open_in_memory, *, transactions: bool) -> RoleApp:
-    """Return the reducer's Faust app, with its table and a web view on it; `open_store` opens its partitions."""
+def create_app(
+    settings: Settings, open_store: OpenStore = open_in_memory, *, transactions: bool, web: WebPlace | None = None
+) -> RoleApp:
+    """Return the reducer's Faust app, with its table; `open_store` opens its partitions, `web` shows them."""
     reducer = Reducer(settings, transactions=transactions)
-    app = RoleApp(APP_ID, settings, reducer, transactions=transactions, web_socket=bind_web_socket())
+    app = RoleApp(APP_ID, settings, reducer, transactions=transactions, web=web)
     table = BatchTable(app, name=TABLE, key_type=bytes, value_type=bytes, partitions=settings.kafka_topic_partitions)
     app.tables.add(table)
     table.batch_store.open_partition = partial(open_store, TABLE, topic_name(settings, FILES_CHANGELOG))

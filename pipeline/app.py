@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterable
-from typing import Any, ClassVar, Final, cast
+from typing import Any, ClassVar, Final, NamedTuple, cast
 
 import faust
 from aiohttp.web import BaseSite, SockSite
@@ -29,7 +29,7 @@ from yarl import URL
 
 from pipeline.errors import ServiceUnavailable, StamplineError
 from pipeline.kafka import partition_for
-from pipeline.lanes import Role
+from pipeline.lanes import Follower, Role
 from pipeline.logs import get_logger
 from pipeline.settings import Settings
 from pipeline.topics import topic_name
@@ -130,6 +130,18 @@ class SocketWeb(Web):
         return SockSite(self._runner, web_socket)
 
 
+class WebPlace(NamedTuple):
+    """Where a process has its web view, and whether this is the one app of the process that serves it."""
+
+    socket: socket.socket
+    serves: bool
+
+    @property
+    def port(self) -> int:
+        """The port, on loopback."""
+        return int(self.socket.getsockname()[1])
+
+
 class ConsumerOnly(BootStrategy):
     """Starts neither Faust's producer, its leader election nor its reply consumer."""
 
@@ -146,11 +158,12 @@ class RoleApp(faust.App):
     BootStrategy: ClassVar[Any] = ConsumerOnly
 
     def __init__(
-        self, name: str, settings: Settings, role: Role, *, transactions: bool, web_socket: socket.socket | None = None
+        self, name: str, settings: Settings, role: Role, *, transactions: bool, web: WebPlace | None = None
     ) -> None:
-        self.web_socket = web_socket
-        web_port = web_socket.getsockname()[1] if web_socket is not None else _WEB_PORT
-        node = f"127.0.0.1:{web_port}" if web_socket is not None else f"{socket.gethostname()}-{os.getpid()}:1"
+        self.web_socket = web.socket if web is not None and web.serves else None
+        web_port = web.port if web is not None else _WEB_PORT
+        # The name stands where a user's would: the same loopback address is another node on another host, and later.
+        node = f"{node_name()}@127.0.0.1:{web_port}" if web is not None else f"{node_name()}:1"
         self.settings = settings
         self.role = role
         self.transactions = transactions
@@ -170,12 +183,14 @@ class RoleApp(faust.App):
             topic_allow_declare=False,
             topic_disable_leader=True,
             topic_partitions=settings.kafka_topic_partitions,
-            table_standby_replicas=0,
-            web_enabled=web_socket is not None,
+            # Where there is no table, standbys would only make Faust's assignor spread partitions less evenly.
+            table_standby_replicas=settings.table_standby_replicas if isinstance(role, Follower) else 0,
+            web_enabled=self.web_socket is not None,
             web_bind="127.0.0.1",
             web_host="127.0.0.1",
             web_port=web_port,
-            # Faust's assignor asserts that it gets its own url back, so every process needs one of its own.
+            # Faust's assignor asserts that it gets its own url back, so every process needs one of its own. It reaches
+            # the group with the member's metadata, where `stampline status` finds the node by it.
             canonical_url=f"http://{node}",
         )
 
@@ -206,6 +221,12 @@ class RoleApp(faust.App):
         """Whether the role has joined its group and all partitions that it was given are live."""
         return not self.rebalancing and self.batch_consumer.lanes.ready
 
+    @property
+    def reaches_kafka(self) -> bool:
+        """Whether the group's coordinator answers, and the group has told which partitions are ours."""
+        coordinator = getattr(self.batch_consumer.thread._consumer, "_coordinator", None)  # noqa: SLF001
+        return getattr(coordinator, "coordinator_id", None) is not None and self.batch_consumer.lanes.assigned
+
     def find_fault(self) -> BaseException | None:
         """Return why this role cannot work any more, though its process lives; None while all is well.
 
@@ -227,6 +248,11 @@ class RoleApp(faust.App):
             if task is not None and task.done() and not self.should_stop:
                 return (not task.cancelled() and task.exception()) or StamplineError("one of its tasks has ended")
         return None
+
+
+def node_name() -> str:
+    """Return the name of this process, which no other one of the deployment has at the same time."""
+    return f"{socket.gethostname()}-{os.getpid()}"
 
 
 def bind_web_socket() -> socket.socket:

@@ -11,8 +11,8 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from typing import Any, Final, Protocol
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, Final, Protocol, runtime_checkable
 
 from faust.types import TP
 
@@ -36,7 +36,25 @@ class Role(Protocol):
         """Let go of a partition; its state may be kept for the case that it comes back."""
 
     def retain(self, tps: Iterable[TP]) -> None:
-        """Forget the state of every partition that is not among these: a rebalance has ended."""
+        """Forget the state of every partition that is not among these: a rebalance has ended.
+
+        Args:
+            tps: the input partitions of this node, and the changelog partitions that it follows.
+        """
+
+
+@runtime_checkable
+class Follower(Role, Protocol):
+    """A role that also keeps copies of the state of partitions that other nodes work on, to take over quickly."""
+
+    def follow(self, changelogs: Collection[TP]) -> None:
+        """Keep copies of the state in these changelog partitions, and of no others; return at once."""
+
+    async def unfollow(self) -> None:
+        """Stop that, within the bound for revoked partitions. The copies stay, until `retain` drops them."""
+
+    def copies(self) -> Mapping[int, str]:
+        """Return what the copy of each followed partition is doing, by partition number."""
 
 
 class Batch:
@@ -104,10 +122,15 @@ class _Deliverer(Protocol):
 class Lane:
     """One partition's way through this process."""
 
-    def __init__(self, tp: TP, role: Role, consumer: _Deliverer, settings: Settings) -> None:
+    def __init__(
+        self, tp: TP, role: Role, consumer: _Deliverer, settings: Settings, on_live: Callable[[], None]
+    ) -> None:
         self.tp = tp
+        self._on_live = on_live
         #: What it is doing: `opening`, `live`, or why it is not.
         self.status = "opening"
+        #: What it failed with when it last failed, if that was an error of ours; None while it is live.
+        self.fault: StamplineError | None = None
         self._role = role
         self._consumer = consumer
         self._settings = settings
@@ -167,7 +190,8 @@ class Lane:
                 self._pending.clear()
                 self._pending_bytes = 0
                 self._lost = False
-                self._open, self.status = True, "live"
+                self._open, self.status, self.fault = True, "live", None
+                self._on_live()
                 while not self._stopping:
                     await self._process(await self._take())
                     attempt = 0
@@ -182,7 +206,7 @@ class Lane:
                 fenced = True
                 log.warning("partition_fenced", topic=self.tp.topic, partition=self.tp.partition, error=str(exc))
             except StamplineError as exc:
-                self.status = str(exc)
+                self.status, self.fault = str(exc), exc
                 log.error("partition_failed", topic=self.tp.topic, partition=self.tp.partition, error=str(exc))
             except Exception as exc:
                 self.status = f"{type(exc).__name__}: {exc}"
@@ -264,19 +288,36 @@ class Lanes:
 
     def __init__(self, role: Role, consumer: _Deliverer, settings: Settings) -> None:
         self._role = role
+        self._follower = role if isinstance(role, Follower) else None
         self._consumer = consumer
         self._settings = settings
         self._lanes: dict[TP, Lane] = {}
         self._assigned = False
+        #: Since when a rebalance keeps partitions from being live, in s of the monotonic clock; None = it does not.
+        self._interrupted_at: float | None = None
         self.with_room = _WithRoom(self._lanes)
 
-    def assign(self, tps: set[TP]) -> None:
-        """Start a lane for each of these partitions; what belongs to others is forgotten."""
-        self._role.retain(tps)
+    def assign(self, tps: set[TP], standbys: Collection[TP] = ()) -> None:
+        """Start a lane for each of these partitions, and follow the others; what is neither is forgotten.
+
+        Args:
+            tps: input partitions.
+            standbys: changelog partitions whose input another node has.
+        """
+        self._role.retain({*tps, *standbys})
+        if self._follower is not None:
+            self._follower.follow(standbys)
         self._assigned = True
         log.info("partitions_assigned", partitions=sorted(tp.partition for tp in tps))
         for tp in sorted(tps):
-            self._lanes[tp] = Lane(tp, self._role, self._consumer, self._settings)
+            self._lanes[tp] = Lane(tp, self._role, self._consumer, self._settings, self._note_live)
+
+    def _note_live(self) -> None:
+        """Tell once after each rebalance how long it has kept this node from its work."""
+        if self._interrupted_at is not None and self.ready:
+            pause_ms = round((time.monotonic() - self._interrupted_at) * 1000)
+            log.info("partitions_live", count=len(self._lanes), pause_ms=pause_ms)
+            self._interrupted_at = None
 
     def offer(self, tp: TP, start: int, records: Sequence[Any]) -> None:
         """Hand fetched records to the lane of their partition, with the start of it that they were fetched after."""
@@ -294,12 +335,16 @@ class Lanes:
             self._lanes[tp].lose_position()
 
     async def end(self) -> None:
-        """End all lanes within the bound for revoked partitions."""
+        """End all lanes within the bound for revoked partitions, and follow nothing any more."""
         self._assigned = False
         lanes = list(self._lanes.values())
+        started = time.monotonic()
+        self._interrupted_at = self._interrupted_at or started
+        ending = [lane.end(self._settings.revoke_timeout_ms / 1000) for lane in lanes]
+        if self._follower is not None:
+            ending.append(self._follower.unfollow())
+        await asyncio.gather(*ending)
         if lanes:
-            started = time.monotonic()
-            await asyncio.gather(*(lane.end(self._settings.revoke_timeout_ms / 1000) for lane in lanes))
             log.info("partitions_released", count=len(lanes), duration_ms=round((time.monotonic() - started) * 1000))
         self._lanes.clear()
 
@@ -312,6 +357,20 @@ class Lanes:
     def ready(self) -> bool:
         """Whether partitions were assigned (none is an assignment too) and all of them are live."""
         return self._assigned and all(lane.live for lane in self._lanes.values())
+
+    @property
+    def assigned(self) -> bool:
+        """Whether the group has told which partitions are ours, be it none."""
+        return self._assigned
+
+    def copies(self) -> Mapping[int, str]:
+        """What the copy of each followed partition is doing, by partition number."""
+        return self._follower.copies() if self._follower is not None else {}
+
+    @property
+    def faults(self) -> list[StamplineError]:
+        """What partitions that are not live failed with, where it was an error of ours."""
+        return [lane.fault for lane in self._lanes.values() if lane.fault is not None]
 
     @property
     def ended(self) -> bool:

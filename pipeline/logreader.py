@@ -1,4 +1,4 @@
-"""Reading a piece of one partition's log, outside any consumer group: committed records, in batches, to an end.
+"""Reading one partition's log, outside any consumer group: committed records, in batches, to an end or for ever.
 
 The end is reached by position, not by the last record: the last offsets of a transactional log are markers that no
 consumer ever sees.
@@ -22,10 +22,18 @@ _POLL_MS: Final = 200
 
 
 class LogReader:
-    """Reads one partition; an async context manager. `begin` and `end` are the log's bounds when it was opened."""
+    """Reads one partition; an async context manager. `begin` and `end` are the log's bounds when it was opened.
 
-    def __init__(self, settings: Settings, topic: str, partition: int) -> None:
+    Args:
+        settings: where Kafka is.
+        topic: what to read.
+        partition: its partition.
+        wait_ms: how long one request for records waits for the first of them; what comes is told at once.
+    """
+
+    def __init__(self, settings: Settings, topic: str, partition: int, *, wait_ms: int = _POLL_MS) -> None:
         self._settings = settings
+        self._wait_ms = wait_ms
         self._tp = TopicPartition(topic, partition)
         self._consumer = AIOKafkaConsumer(
             **kafka_options(settings),
@@ -34,7 +42,7 @@ class LogReader:
             auto_offset_reset="none",
             max_partition_fetch_bytes=_FETCH_BYTES,
             fetch_max_bytes=_FETCH_BYTES,
-            fetch_max_wait_ms=_POLL_MS,
+            fetch_max_wait_ms=wait_ms,
         )
         self.begin = 0
         self.end = 0
@@ -102,20 +110,44 @@ class LogReader:
         self._consumer.seek(self._tp, self.position)
         with kafka_errors(self._settings, topic=self._tp.topic):
             while self.position < (self.end if until is None else until):
-                # What was fetched before comes without a pause.
-                await asyncio.sleep(0)
-                fetched = await self._consumer.getmany(self._tp, timeout_ms=_POLL_MS, max_records=records_max)
-                records = fetched.get(self._tp, [])
+                records = await self._fetch(records_max)
                 if until is not None and records and records[-1].offset >= until:
                     records = [record for record in records if record.offset < until]
                     self.position = until
-                else:
-                    self.position = await self._consumer.position(self._tp)
-                self._learn_end()
                 if until is not None and not records and self.position == self.end < until:
                     raise PositionLost(f"{self.place} ends at {self.end}, before {until}")
                 if records:
                     yield records
+
+    async def follow(self, start: int, records_max: int | None = None) -> AsyncIterator[Sequence[Any]]:
+        """Yield the records from `start` on, for ever; nothing at all where none came for a while.
+
+        `position` and `end` are then those of that moment: what lies between them is still to come.
+
+        Args:
+            start: the first offset; unlike `read` it does not begin later where the log does.
+            records_max: as in `read`.
+
+        Raises:
+            PositionLost: the log ends before `start`.
+            ServiceUnavailable: Kafka stopped answering, or the log does not hold the position any more.
+        """
+        await self.require(start)
+        self.position = start
+        self._consumer.seek(self._tp, start)
+        with kafka_errors(self._settings, topic=self._tp.topic):
+            while True:
+                yield await self._fetch(records_max)
+
+    async def _fetch(self, records_max: int | None) -> Sequence[Any]:
+        """Return the next records that were fetched, after a while none, and move on to after them."""
+        # What was fetched before comes without a pause.
+        await asyncio.sleep(0)
+        fetched = await self._consumer.getmany(self._tp, timeout_ms=self._wait_ms, max_records=records_max)
+        self.position = await self._consumer.position(self._tp)
+        self._learn_end()
+        records: Sequence[Any] = fetched.get(self._tp, [])
+        return records
 
     async def find_end(self) -> int:
         """Return the offset after the last committed record or marker, as a fetch tells it.

@@ -1,21 +1,58 @@
-"""Where every partition stands on the road, hop by hop, in input offsets where they are known."""
+"""Where every partition stands on the road, hop by hop, and what the nodes say that they are doing with it.
+
+The nodes are found by their consumer groups: each member's metadata holds the address of its process, and the process
+is asked there for `/health/ready` (`pipeline/health.py`). Its pages are on loopback, so only those of this host can be,
+and whoever answers has to be the one that the group knows.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
 
+import aiohttp
+import msgspec
 from aiokafka import TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.coordinator.protocol import ConsumerProtocolMemberAssignment, ConsumerProtocolMemberMetadata
+from yarl import URL
 
-from agents import hasher, reducer
+from agents import hasher, projector, reducer
 from pipeline.errors import StamplineError
+from pipeline.health import has_failed
 from pipeline.logreader import LogReader
 from pipeline.postgres import PostgresConnectionManager
 from pipeline.settings import Settings
-from pipeline.topics import FILE_EVENTS, FILE_STAMPS, admin_client, require_topics, topic_name
+from pipeline.topics import FILE_EVENTS, FILE_STAMPS, FILES_CHANGELOG, admin_client, require_topics, topic_name
 from projections.queries import query
+
+#: The group of each role, and the topic whose partitions it shares out.
+_GROUPS: Final = {
+    "hasher": (hasher.APP_ID, FILE_EVENTS),
+    "reducer": (reducer.APP_ID, FILE_STAMPS),
+    "projector": (projector.APP_ID, FILES_CHANGELOG),
+}
+#: Longest the broker may take to describe the groups, and a node to answer, in s.
+_DESCRIBE_SECONDS: Final = 5.0
+_ANSWER_SECONDS: Final = 2.0
+#: What is shown of a partition whose node gives no answer.
+_UNREACHABLE: Final = "not reachable"
+
+
+class _Metadata(msgspec.Struct):
+    """What is needed of what Faust tells its group about a member (`faust.assignor.client_assignment`)."""
+
+    url: str
+
+
+class _Answer(msgspec.Struct):
+    """What is needed of a node's `/health/ready`."""
+
+    ready: bool
+    node: str
+    roles: dict[Literal["hasher", "reducer", "projector"], dict[int, str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +74,38 @@ class PartitionStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class NodeStatus:
+    """One process: its name (host and process id), where its pages are, what each partition of its roles is doing.
+
+    `ready` is None where the process could not be asked; its partitions are then those that the groups gave it.
+    """
+
+    node: str
+    web: str
+    ready: bool | None
+    roles: dict[str, dict[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
 class Status:
-    """The services (`ok`, or what is wrong) and the partitions, none where a service is away."""
+    """The services (`ok`, or what is wrong), the partitions, none where a service is away, and the nodes."""
 
     kafka: str
     database: str
     partitions: list[PartitionStatus]
+    nodes: list[NodeStatus] = field(default_factory=list)
+
+    @property
+    def healthy(self) -> bool:
+        """Whether both services answer, and no node says that a partition of it has failed.
+
+        A partition that nobody owns, that is being recovered, or whose node cannot be asked is no failure: nodes may
+        be stopped on purpose, and be on another host.
+        """
+        said = [status for node in self.nodes for role in node.roles.values() for status in role.values()]
+        return self.kafka == self.database == "ok" and not any(
+            has_failed(status) for status in said if status != _UNREACHABLE
+        )
 
 
 async def read_status(settings: Settings) -> Status:
@@ -58,7 +121,7 @@ async def read_status(settings: Settings) -> Status:
         partitions = await _read_partitions(settings, visible)
     except StamplineError as exc:
         return Status(str(exc), database, [])
-    return Status("ok", database, partitions)
+    return Status("ok", database, partitions, await read_nodes(settings))
 
 
 async def _read_partitions(settings: Settings, visible: dict[int, int]) -> list[PartitionStatus]:
@@ -93,3 +156,54 @@ async def _committed(client: AIOKafkaAdminClient, group: str, topic: str, partit
 async def _end(settings: Settings, topic: str, partition: int) -> int:
     async with LogReader(settings, topic, partition) as reader:
         return await reader.find_end()
+
+
+async def read_nodes(settings: Settings) -> list[NodeStatus]:
+    """Find the nodes and ask them; as many as can be found, for not every broker describes its groups."""
+    found: dict[URL, dict[str, list[int]]] = {}
+    try:
+        async with asyncio.timeout(_DESCRIBE_SECONDS), admin_client(settings) as client:
+            for role, (app_id, topic) in _GROUPS.items():
+                # One by one: aiokafka reads the answer for several groups of one broker wrong.
+                [response] = await client.describe_consumer_groups([topic_name(settings, app_id)])
+                for url, partitions in read_members(response, topic_name(settings, topic)):
+                    found.setdefault(url, {})[role] = partitions
+    except (StamplineError, TimeoutError, ValueError):
+        pass  # What was found until then is all there is to tell.
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(_ANSWER_SECONDS)) as session:
+        return list(await asyncio.gather(*(ask(session, url, roles) for url, roles in sorted(found.items()))))
+
+
+def read_members(response: Any, topic: str) -> list[tuple[URL, list[int]]]:
+    """Return the address and the partitions of each member of the described group, whose metadata can be read."""
+    found = []
+    for group in response.groups:
+        for _member_id, _client_id, _host, metadata, assignment in group[5]:
+            try:
+                said = msgspec.json.decode(ConsumerProtocolMemberMetadata.decode(metadata).user_data, type=_Metadata)
+                url = URL(said.url)
+                given = ConsumerProtocolMemberAssignment.decode(assignment).assignment if assignment else []
+            except (ValueError, TypeError, msgspec.MsgspecError):
+                continue  # A member that is about to join has none yet; or the group is not one of ours.
+            found.append((url, sorted(number for name, numbers in given if name == topic for number in numbers)))
+    return found
+
+
+async def ask(session: aiohttp.ClientSession, url: URL, given: Mapping[str, list[int]]) -> NodeStatus:
+    """Ask a node. One on another host cannot be asked, and its address may be another node's on this one."""
+    node, web = url.user or "", f"http://{url.host}:{url.port}"
+    # Nothing but our own addresses: anybody could have put another one into a group.
+    if url.host == "127.0.0.1":
+        try:
+            async with session.get(f"{web}/health/ready", allow_redirects=False) as response:
+                answer = msgspec.json.decode(await response.read(), type=_Answer)
+            if answer.node == node:
+                return NodeStatus(node, web, answer.ready, _by_name(answer.roles))
+        except (aiohttp.ClientError, TimeoutError, msgspec.MsgspecError):
+            pass  # It has just gone, or its port is somebody else's now.
+    unknown = {role: dict.fromkeys(partitions, _UNREACHABLE) for role, partitions in given.items()}
+    return NodeStatus(node, web, None, _by_name(unknown))
+
+
+def _by_name(roles: Mapping[Any, Mapping[int, str]]) -> dict[str, dict[str, str]]:
+    return {role: {str(number): said for number, said in partitions.items()} for role, partitions in roles.items()}

@@ -292,10 +292,15 @@ class BatchConsumer(driver.Consumer):
         """Seek nothing: each lane seeks when it has opened."""
 
     async def on_partitions_assigned(self, assigned: set[TP], generation_id: int = 0) -> None:
-        """Start a lane for each input partition. Opening them happens beside the heartbeats, not here."""
+        """Start a lane for each input partition. Opening them happens beside the heartbeats, not here.
+
+        Changelog partitions come along with their input's. Those of the standbys come alone: they are followed.
+        """
         self._generations.append(generation_id)
         await super().on_partitions_assigned(assigned, generation_id)
-        self.lanes.assign({tp for tp in assigned if not self._is_changelog_tp(tp)})
+        # Faust names standbys of every input; only a table has something to keep.
+        standbys = {tp for tp in self.app.assignor.assigned_standbys() if self._is_changelog_tp(tp)}
+        self.lanes.assign({tp for tp in assigned if not self._is_changelog_tp(tp)}, standbys)
 
     @property
     def has_namesake(self) -> bool:
@@ -308,7 +313,7 @@ class BatchConsumer(driver.Consumer):
         return len(self._generations) == self._generations.maxlen and len(set(self._generations)) == 1
 
     async def on_partitions_revoked(self, revoked: set[TP]) -> None:
-        """End every lane within the bound before the partitions go."""
+        """End every lane, and follow nothing any more, within the bound before the partitions go."""
         self.stop_flow()
         await self.lanes.end()
         await super().on_partitions_revoked(revoked)

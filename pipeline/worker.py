@@ -12,16 +12,22 @@ import gc
 import os
 import signal
 import threading
-from collections.abc import AsyncIterator, Coroutine, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any, Final
+from functools import partial
+from typing import Any, Final, cast
+
+from faust.web.drivers.aiohttp import Web
 
 from agents import hasher, projector, reducer
 from migrations import run as migrations
 from pipeline import logs
-from pipeline.app import RoleApp
+from pipeline.app import RoleApp, WebPlace, bind_web_socket, node_name
+from pipeline.breaker import DatabaseCircuitBreaker
 from pipeline.errors import StamplineError
 from pipeline.hashing import FileHasher
+from pipeline.health import NodeState, RoleState, add_pages
 from pipeline.logs import get_logger
 from pipeline.postgres import PostgresConnectionManager, tls_context
 from pipeline.settings import Settings
@@ -42,22 +48,50 @@ log = get_logger("stampline.worker")
 class Node:
     """The running roles of this process."""
 
-    def __init__(self, apps: dict[str, RoleApp]) -> None:
-        self._apps = apps
+    def __init__(self, apps: dict[str, RoleApp], web: str, breaker: DatabaseCircuitBreaker | None) -> None:
+        #: The roles' apps.
+        self.apps = apps
+        self._breaker = breaker
+        self._began = time.monotonic()
+        self._started = False
+        #: Where its pages are, on loopback.
+        self.web = web
 
     @property
     def ready(self) -> bool:
         """Whether every role has joined its group and all its partitions are live."""
-        return all(app.is_ready for app in self._apps.values())
+        return all(app.is_ready for app in self.apps.values())
+
+    def look(self) -> NodeState:
+        """Return how the node is now, for its health pages."""
+        self._note_ready()
+        roles = {
+            role: RoleState(
+                partitions=app.batch_consumer.lanes.status(),
+                copies=app.batch_consumer.lanes.copies(),
+                ready=app.is_ready,
+                reaches_kafka=app.reaches_kafka,
+                faults=app.batch_consumer.lanes.faults,
+                uses_database=role == "projector",
+            )
+            for role, app in self.apps.items()
+        }
+        breaker = self._breaker.state if self._breaker is not None else None
+        return NodeState(node_name(), roles, breaker, self._started, time.monotonic() - self._began)
+
+    def _note_ready(self) -> None:
+        if not self._started and self.ready:
+            self._started = True
+            log.info("node_ready", roles=list(self.apps), seconds=round(time.monotonic() - self._began, 3))
 
     def status(self) -> dict[str, dict[int, str]]:
         """Return what each partition of each role is doing."""
-        return {role: app.batch_consumer.lanes.status() for role, app in self._apps.items()}
+        return {role: app.batch_consumer.lanes.status() for role, app in self.apps.items()}
 
     @property
     def web_urls(self) -> list[str]:
         """Where Faust's web view shows the tables of this process."""
-        return [f"{app.conf.canonical_url}/table/" for app in self._apps.values() if app.conf.web_enabled]
+        return [f"{self.web}/table/"] if "reducer" in self.apps else []
 
     async def wait_until_ready(self) -> None:
         """Return once the node is ready.
@@ -80,7 +114,8 @@ class Node:
             await asyncio.sleep(_WATCH_SECONDS)
 
     def _check(self) -> None:
-        for role, app in self._apps.items():
+        self._note_ready()
+        for role, app in self.apps.items():
             fault = app.find_fault()
             if fault is not None:
                 raise StamplineError(f"role {role} has stopped working: {fault}") from fault
@@ -112,25 +147,44 @@ async def run_node(settings: Settings, roles: Sequence[str], *, transactions: bo
     if not transactions:
         log.warning("fencing_is_off", reason="the embedded broker has no transactions; do not run two nodes of a role")
     async with AsyncExitStack() as stack:
-        apps: dict[str, RoleApp] = {}
+        create: dict[str, Callable[..., RoleApp]] = {}
+        breaker: DatabaseCircuitBreaker | None = None
         for role in roles:
             if role == "hasher":
-                file_hasher = stack.enter_context(FileHasher(settings))
-                apps[role] = hasher.create_app(settings, file_hasher, transactions=transactions)
+                create[role] = partial(hasher.create_app, settings, stack.enter_context(FileHasher(settings)))
             elif role == "reducer":
-                open_store = stack.enter_context(stores(settings))
-                apps[role] = reducer.create_app(settings, open_store, transactions=transactions)
+                create[role] = partial(reducer.create_app, settings, stack.enter_context(stores(settings)))
             else:
                 manager = await stack.enter_async_context(PostgresConnectionManager(settings))
-                apps[role] = projector.create_app(settings, manager, transactions=transactions)
-        for app in apps.values():
+                breaker = manager.breaker
+                create[role] = partial(projector.create_app, settings, manager)
+        node = _create_node(create, breaker, transactions=transactions)
+        for app in node.apps.values():
             stack.callback(app.release)
             stack.push_async_callback(app.stop)
         # Together: each waits for its group to come together.
-        await asyncio.gather(*(app.start() for app in apps.values()))
-        log.info("node_started", roles=list(roles), transactions=transactions)
-        yield Node(apps)
+        await asyncio.gather(*(app.start() for app in node.apps.values()))
+        log.info("node_started", roles=list(roles), transactions=transactions, web=node.web)
+        yield node
     log.info("node_stopped", roles=list(roles))
+
+
+def _create_node(
+    create: dict[str, Callable[..., RoleApp]], breaker: DatabaseCircuitBreaker | None, *, transactions: bool
+) -> Node:
+    """Make the apps, with one web view for all of them: that of the reducer, which has a table to show, if it is here.
+
+    Each app has the address of the one that serves: it is how the process is known in the groups.
+    """
+    web_socket = bind_web_socket()
+    server = "reducer" if "reducer" in create else next(iter(create))
+    apps = {
+        role: make(transactions=transactions, web=WebPlace(web_socket, serves=role == server))
+        for role, make in create.items()
+    }
+    node = Node(apps, f"http://127.0.0.1:{web_socket.getsockname()[1]}", breaker)
+    add_pages(cast("Web", apps[server].web).web_app.router, node.look)
+    return node
 
 
 def _tune_garbage_collection() -> None:

@@ -148,13 +148,15 @@ def open_in_memory(_table: str, _topic: str, _partition: int) -> PartitionStore:
 
 
 class BatchStore(SerializedStore[Any, Any]):
-    """All partitions of a table in this process, as the store that Faust looks into."""
+    """All partitions of a table in this process, as the store that Faust looks into: it sees those of this node."""
 
     def __post_init__(self) -> None:
         #: Those that are open.
         self.partitions: dict[int, PartitionStore] = {}
         #: How the store of a partition is opened; whoever makes the table may say another way.
         self.open_partition: Callable[[int], PartitionStore] = lambda _number: MemoryStore()
+        #: Those that another node works on. What is here may be behind, so nobody is answered from them.
+        self.standbys: set[int] = set()
 
     def partition(self, number: int) -> PartitionStore:
         """Return the store of a partition: the one that is open, else what is on disk, else an empty one.
@@ -173,9 +175,12 @@ class BatchStore(SerializedStore[Any, Any]):
         for number in self.partitions.keys() - kept:
             self.partitions.pop(number).close()
 
+    def _answering(self) -> list[PartitionStore]:
+        return [store for number, store in self.partitions.items() if number not in self.standbys]
+
     def _get(self, key: bytes) -> bytes | None:
         # A rejected input with the wrong key may have left its uri in a partition that is not the file's.
-        values = [value for store in self.partitions.values() if (value := store.get(key)) is not None]
+        values = [value for store in self._answering() if (value := store.get(key)) is not None]
         return max(values, key=lambda value: decode_change(value).state is not None, default=None)
 
     def _set(self, key: bytes, value: bytes | None) -> NoReturn:
@@ -194,13 +199,13 @@ class BatchStore(SerializedStore[Any, Any]):
         return (value for _, value in self._iteritems())
 
     def _iteritems(self) -> Iterator[tuple[bytes, bytes]]:
-        return (item for store in list(self.partitions.values()) for item in store.items())
+        return (item for store in self._answering() for item in store.items())
 
     def _size(self) -> int:
-        return sum(len(store) for store in self.partitions.values())
+        return sum(len(store) for store in self._answering())
 
     def _contains(self, key: bytes) -> bool:
-        return any(store.get(key) is not None for store in self.partitions.values())
+        return any(store.get(key) is not None for store in self._answering())
 
     def _encode_key(self, key: Any) -> bytes:
         return key if isinstance(key, bytes) else str(key).encode()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -42,6 +42,12 @@ class FakeRole:
         #: What happened, in order: opening, opened, closing, closed, cancelled.
         self.story: dict[TP, list[str]] = defaultdict(list)
         self.retained: list[set[TP]] = []
+        #: The changelog partitions that it follows now.
+        self.followed: set[TP] = set()
+        #: What happened to all partitions together, in order: retained, followed, opening, closed, unfollowed.
+        self.order: list[str] = []
+        #: Run once each, in order, when it is to follow nothing any more.
+        self.unfollowing: list[Step] = []
         self.in_flight: dict[TP, int] = defaultdict(int)
         #: Run once each, in order: before a batch is committed, after it, when opening and when closing.
         self.before: dict[TP, list[Step]] = defaultdict(list)
@@ -52,6 +58,7 @@ class FakeRole:
     async def open(self, tp: TP, consumer: Any) -> int:
         """Return the committed position."""
         self.story[tp].append("opening")
+        self.order.append("opening")
         await _step(self.opening[tp])
         self.story[tp].append("opened")
         return self.committed[tp]
@@ -61,10 +68,27 @@ class FakeRole:
         self.story[tp].append("closing")
         await _step(self.closing[tp])
         self.story[tp].append("closed")
+        self.order.append("closed")
 
     def retain(self, tps: Iterable[TP]) -> None:
         """Note what is kept."""
         self.retained.append(set(tps))
+        self.order.append("retained")
+
+    def follow(self, changelogs: Collection[TP]) -> None:
+        """Note what is followed."""
+        self.followed = set(changelogs)
+        self.order.append("followed")
+
+    def copies(self) -> dict[int, str]:
+        """Tell of what is followed."""
+        return {tp.partition: "following, 3 records behind" for tp in self.followed}
+
+    async def unfollow(self) -> None:
+        """Follow nothing."""
+        await _step(self.unfollowing)
+        self.followed = set()
+        self.order.append("unfollowed")
 
     async def process(self, batch: Batch) -> None:
         """Take a batch."""

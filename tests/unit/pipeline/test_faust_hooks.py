@@ -97,9 +97,9 @@ ADDED = {
         "batch_app", "commit_offsets", "log_range", "_log_range", "coordinator_tasks", "wake", "_wake",
         "start_at", "_start_at", "fetch", "_fetch",
     },
-    "BatchStore": {"partition", "retain"},
+    "BatchStore": {"partition", "retain", "_answering"},
     "BatchTable": {"batch_store"},
-    "RoleApp": {"batches", "batch_consumer", "is_ready", "find_fault", "release"},
+    "RoleApp": {"batches", "batch_consumer", "is_ready", "reaches_kafka", "find_fault", "release"},
 }  # fmt: skip
 
 
@@ -158,6 +158,7 @@ def test_every_name_that_is_ours_alone_is_free() -> None:
         (Consumer, "on_partitions_assigned", ["assigned", "generation_id"]),
         (Consumer, "on_partitions_revoked", ["revoked"]),
         (App, "create_event", ["key", "value", "headers", "message"]),
+        (PartitionAssignor, "assigned_standbys", []),
         (Recovery, "on_recovery_completed", ["generation_id"]),
         (Recovery, "_wait", ["coro", "timeout"]),
         (TableManager, "_update_channels", []),
