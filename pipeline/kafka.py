@@ -9,10 +9,11 @@ Imports the settings, the errors and aiokafka; opens nothing by itself.
 
 from __future__ import annotations
 
+import asyncio
 import ssl
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any, Final
 
@@ -26,6 +27,9 @@ from pipeline.settings import Settings
 
 # Here, because nobody makes a consumer without the options from here.
 recordbatches.install()
+
+#: Longest that letting go of a producer takes, in s.
+_ABANDON_SECONDS: Final = 1.0
 
 _WORD: Final = 0xFFFFFFFF
 _MIX: Final = 0x5BD1E995
@@ -58,7 +62,10 @@ async def abandon(producer: AIOKafkaProducer, reason: str) -> None:
     away, end its sender, and let go of those who wait for a delivery.
     """
     await producer.client.close()
-    await producer._sender.close()  # noqa: SLF001
+    # It waits for the requests under way, which end with their connections.
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_ABANDON_SECONDS):
+            await producer._sender.close()  # noqa: SLF001
     producer._message_accumulator.fail_all(ServiceUnavailable(reason))  # noqa: SLF001
 
 

@@ -189,7 +189,9 @@ class Stage:
         """Keep `visible` up to date, as far as the database can be asked."""
         query = 'SELECT "partition", min(input_offset) AS at FROM projection_watermarks GROUP BY "partition"'
         while True:
-            with suppress(OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
+            with suppress(
+                OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError
+            ):
                 connection = await asyncpg.connect(self.settings.postgres_url, timeout=2, command_timeout=2)
                 try:
                     while True:

@@ -32,6 +32,7 @@ DSN = "postgresql://anna:s3cret@db.example:6543/stamps"
         (FileNotFoundError(2, "No such file"), ServiceUnavailable, "(no socket there)"),
         (socket.gaierror(-2, "Name or service not known"), ServiceUnavailable, "(the host name is not known)"),
         (TimeoutError(), ServiceUnavailable, "(no answer in time)"),
+        (asyncpg.InternalClientError("cannot switch to state 12"), ServiceUnavailable, "(cannot switch to state 12)"),
         (asyncpg.InterfaceError("connection is closed"), ServiceUnavailable, "(connection is closed)"),
         (asyncpg.ConnectionDoesNotExistError("gone"), ServiceUnavailable, "(gone)"),
         (asyncpg.TooManyConnectionsError("too many"), ServiceUnavailable, "(too many)"),
