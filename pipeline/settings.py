@@ -110,7 +110,11 @@ class Settings(BaseSettings):
     table_store: Literal["memory", "rocksdb"] = Field("memory", description="where the state of tables is kept")
     table_dir: Path | None = Field(None, description="folder for TABLE_STORE=rocksdb, of this process alone")
     table_standby_replicas: int = Field(
-        0, ge=0, le=10, description="other nodes that keep a copy of each partition's state up to date"
+        # Not more: Faust's assignor, given two standbys, can go round in circles for ever.
+        0,
+        ge=0,
+        le=1,
+        description="1 = another node keeps a copy of each partition's state up to date",
     )
     retry_max_attempts: int = Field(5, ge=1, le=100, description="times an event from the future is sent in again")
     retry_backoff_base_ms: int = Field(10, ge=1, description="shortest pause before that, in ms")

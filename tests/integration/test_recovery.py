@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import resource
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -22,6 +23,7 @@ from pipeline.bench.recovery import DIFFERENCE_RECORDS, RecoveryPlan, run_recove
 from pipeline.errors import RecoveryFailed
 from pipeline.events import PROGRESS_KEY, Change, Progress, encode_record
 from pipeline.kafka import kafka_options
+from pipeline.logreader import LogReader
 from pipeline.records import Record
 from pipeline.settings import Settings
 from pipeline.topics import FILES_CHANGELOG, admin_client, create_topics, has_transactions, topic_name
@@ -52,6 +54,8 @@ class Changelog:
     writer: Writer
     values: dict[bytes, bytes] = field(default_factory=dict)
     inputs: int = 0
+    #: The offset after the last record that was written.
+    end: int = 0
 
     @property
     def progress(self) -> Progress:
@@ -73,10 +77,21 @@ class Changelog:
 
     async def write_raw(self, *records: Record) -> None:
         """Write any records, in one transaction where the broker has them."""
-        await self.writer.write({self.topic: records}, {TP(f"{self.settings.kafka_topic_prefix}file-stamps", 0): 0})
+        ends = await self.writer.write(
+            {self.topic: records}, {TP(f"{self.settings.kafka_topic_prefix}file-stamps", 0): 0}
+        )
+        self.end = ends[self.topic]
 
     async def restore(self, store: PartitionStore) -> int:
-        """Restore it into a store."""
+        """Restore it into a store, once all of it is there: Kafka confirms a commit before its markers are written.
+
+        A node need not wait for that, for fencing the writer before it does.
+        """
+        end = -1
+        async with asyncio.timeout(20):
+            while end < self.end:
+                async with LogReader(self.settings, self.topic, PARTITION) as reader:
+                    end = await reader.find_end()
         return await restore(self.settings, self.topic, PARTITION, store)
 
     def assert_in(self, store: PartitionStore) -> None:

@@ -111,14 +111,17 @@ def test_rocksdict_still_drops_options_that_are_given_once(tmp_path: Path, folde
 
 
 def test_buffers_are_bounded_however_many_partitions_are_written(folder: RocksFolder) -> None:
-    """What eight partitions hold in memory that is not in files yet is charged to the one cache."""
+    """What eight partitions hold in memory that is not in files yet is charged to the one cache.
+
+    160 MiB are written; full buffers go to files in the background, so there may be more than one set of them.
+    """
     opened = [folder.open("files", "changelog", number) for number in range(8)]
     value = bytes(4000)
     for piece in range(20):
         for store in opened:
             changes = [(b"%d/%d" % (piece, number), value) for number in range(250)]
             store.apply(changes, None, store.position + 250)
-            assert folder._buffers.get_usage() < 2 * WRITE_BUFFERS_BYTES
+            assert folder._buffers.get_usage() < 3 * WRITE_BUFFERS_BYTES
 
     assert folder.cache.get_usage() < 2 * CACHE_BYTES
     for store in opened:
