@@ -237,7 +237,7 @@ class RoleApp(faust.App):
             return self.crash_reason or StamplineError("it crashed")
         if self.batch_consumer.lanes.ended:
             return StamplineError("the lane of a partition has ended")
-        if self.batch_consumer.has_namesake:
+        if self.settings.kafka_group_instance_id is not None and self.batch_consumer.has_namesake:
             return StamplineError(
                 f"another process uses KAFKA_GROUP_INSTANCE_ID={self.settings.kafka_group_instance_id} too: "
                 "give each process a name of its own"
