@@ -107,7 +107,7 @@ async def test_a_node_tells_when_it_is_ready(road: Road) -> None:
     _, ready = await ask(web, "/ready")
     code, health = await ask(web)
 
-    assert ready == {"ready": True, "node": name(node), "roles": dict.fromkeys(ROLES, ALL_LIVE)}
+    assert ready == {"ready": True, "node": name(node), "roles": dict.fromkeys(ROLES, ALL_LIVE), "standbys": {}}
     assert code == 200
     assert health.pop("uptime_seconds") >= 0
     assert health == {

@@ -66,8 +66,8 @@ async def test_a_role_without_a_table_is_asked_for_nothing() -> None:
     assert not isinstance(probe, Follower)
 
 
-@pytest.mark.parametrize(("role", "replicas"), [(FakeRole(), 3), (Probe(), 0)], ids=["with a table", "without"])
+@pytest.mark.parametrize(("role", "replicas"), [(FakeRole(), 1), (Probe(), 0)], ids=["with a table", "without"])
 async def test_the_assignor_gives_standbys_to_roles_with_a_table(role: FakeRole | Probe, replicas: int) -> None:
     """TABLE_STANDBY_REPLICAS reaches Faust's assignor, but not that of a role that would keep nothing."""
-    app = RoleApp("standbys", Settings(table_standby_replicas=3), role, transactions=True)
+    app = RoleApp("standbys", Settings(table_standby_replicas=1), role, transactions=True)
     assert app.assignor.replicas == replicas
