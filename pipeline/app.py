@@ -15,6 +15,12 @@ from typing import Any, ClassVar, Final, NamedTuple, cast
 import faust
 from aiohttp.web import BaseSite, SockSite
 from aiokafka.coordinator.protocol import ConsumerProtocolMemberAssignment
+from aiokafka.errors import (
+    GroupAuthorizationFailedError,
+    InconsistentGroupProtocolError,
+    InvalidGroupIdError,
+    InvalidSessionTimeoutError,
+)
 from faust.app.base import BootStrategy
 from faust.app.router import Router
 from faust.assignor.client_assignment import ClientMetadata
@@ -28,7 +34,7 @@ from mode import Service
 from yarl import URL
 
 from pipeline.errors import ServiceUnavailable, StamplineError
-from pipeline.kafka import partition_for
+from pipeline.kafka import FencedInstanceId, partition_for
 from pipeline.lanes import Follower, Role
 from pipeline.logs import get_logger
 from pipeline.settings import Settings
@@ -39,6 +45,14 @@ TRANSPORTS.aliases["batch"] = "pipeline.transport:Transport"
 
 #: Where the web views of nodes begin to look for a free port.
 _WEB_PORT: Final = 6066
+
+#: What Kafka answers a member that it will not take, however often it asks.
+_OUT_OF_GROUP: Final = (
+    GroupAuthorizationFailedError,
+    InconsistentGroupProtocolError,
+    InvalidGroupIdError,
+    InvalidSessionTimeoutError,
+)
 
 log = get_logger("stampline.app")
 
@@ -237,16 +251,29 @@ class RoleApp(faust.App):
             return self.crash_reason or StamplineError("it crashed")
         if self.batch_consumer.lanes.ended:
             return StamplineError("the lane of a partition has ended")
-        if self.settings.kafka_group_instance_id is not None and self.batch_consumer.has_namesake:
-            return StamplineError(
-                f"another process uses KAFKA_GROUP_INSTANCE_ID={self.settings.kafka_group_instance_id} too: "
-                "give each process a name of its own"
-            )
+        fault = self._find_fault_of_group()
+        if fault is not None:
+            return fault
         tasks = [actor.actor_task for agent in self.agents.values() for actor in agent._actors]  # noqa: SLF001
         tasks += self.batch_consumer.thread.coordinator_tasks()
         for task in tasks:
             if task is not None and task.done() and not self.should_stop:
                 return (not task.cancelled() and task.exception()) or StamplineError("one of its tasks has ended")
+        return None
+
+    def _find_fault_of_group(self) -> StamplineError | None:
+        """Return why this process cannot be in its group; what may pass is logged and tried again."""
+        name = self.settings.kafka_group_instance_id
+        error = self.batch_consumer.thread.group_error
+        if name is not None and (self.batch_consumer.has_namesake or FencedInstanceId.__name__ in str(error)):
+            return StamplineError(
+                f"another process uses KAFKA_GROUP_INSTANCE_ID={name} too: give each process a name of its own"
+            )
+        if isinstance(error, _OUT_OF_GROUP):
+            return StamplineError(f"Kafka keeps this process out of its group: {error}")
+        if error is not None:
+            log.warning("group_error", group=self.conf.id, error=str(error))
+            self.batch_consumer.thread.join_again()
         return None
 
 

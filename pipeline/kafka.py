@@ -55,6 +55,17 @@ _FORBIDDEN: Final = (
 )
 
 
+class FencedInstanceId(driver.BrokerResponseError):  # type: ignore[misc] # aiokafka has no types
+    """Another process has joined a group under this one's `group.instance.id`; aiokafka does not know the error."""
+
+    errno = 82
+    message = "FENCED_INSTANCE_ID"
+    description = "another process has joined under the same group.instance.id"
+
+
+driver.kafka_errors[FencedInstanceId.errno] = FencedInstanceId
+
+
 async def abandon(producer: AIOKafkaProducer, reason: str) -> None:
     """Stop a producer that cannot deliver what it holds.
 

@@ -20,6 +20,7 @@ import asyncio
 import random
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Container, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple, Protocol, cast
 
 import faust
@@ -187,6 +188,24 @@ class BatchConsumerThread(driver.AIOKafkaConsumerThread):
         """The tasks that keep this consumer in its group; one that ends leaves a consumer that sits idle for ever."""
         coordinator = getattr(self._consumer, "_coordinator", None)
         return [task for task in (getattr(coordinator, "_coordination_task", None),) if task is not None]
+
+    @property
+    def group_error(self) -> KafkaError | None:
+        """What keeps this consumer out of its group, where it is nothing that aiokafka tries again by itself.
+
+        Its coordinator waits until somebody has looked at the error, which Faust never does: without `join_again` it
+        would wait for ever, and its process would look alive.
+        """
+        coordinator = getattr(self._consumer, "_coordinator", None)
+        return getattr(coordinator, "_pending_exception", None)
+
+    def join_again(self) -> None:
+        """Let the coordinator go on after such an error. Callable from any thread."""
+        self.thread_loop.call_soon_threadsafe(self._join_again)
+
+    def _join_again(self) -> None:
+        with suppress(KafkaError):
+            self._ensure_consumer()._coordinator.check_errors()  # noqa: SLF001
 
     def wake(self) -> None:
         """Let a waiting `getmany` look again: a lane has room. Callable from any thread."""

@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import Any, Final, cast
@@ -162,11 +162,16 @@ async def run_node(settings: Settings, roles: Sequence[str], *, transactions: bo
         for app in node.apps.values():
             stack.callback(app.release)
             stack.push_async_callback(app.stop)
-        # Together: each waits for its group to come together.
-        await asyncio.gather(*(app.start() for app in node.apps.values()))
+        # Watched: Kafka may never let one of them into its group.
+        await _first_of(_start(node.apps.values()), node.watch())
         log.info("node_started", roles=list(roles), transactions=transactions, web=node.web)
         yield node
     log.info("node_stopped", roles=list(roles))
+
+
+async def _start(apps: Iterable[RoleApp]) -> None:
+    """Start roles together: each waits for its group to come together."""
+    await asyncio.gather(*(app.start() for app in apps))
 
 
 def _create_node(
@@ -241,12 +246,17 @@ async def until(stop: asyncio.Event, *watched: Coroutine[Any, Any, Any]) -> bool
 
     What a watched coroutine raises is raised here; the others are cancelled.
     """
-    tasks: list[asyncio.Task[Any]] = [asyncio.create_task(item) for item in (stop.wait(), *watched)]
+    return await _first_of(stop.wait(), *watched) == 0
+
+
+async def _first_of(*coroutines: Coroutine[Any, Any, Any]) -> int:
+    """Wait for the first coroutine to end, and cancel the others; return its place, or raise what it raised."""
+    tasks: list[asyncio.Task[Any]] = [asyncio.create_task(item) for item in coroutines]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
             task.result()
-        return tasks[0] in done
+        return next(place for place, task in enumerate(tasks) if task in done)
     finally:
         for task in tasks:
             task.cancel()

@@ -81,7 +81,7 @@ class Stage:
     nodes: dict[tuple[str, int], NodeProcess] = field(default_factory=dict)
     #: Nodes that a fault has ended and not started again yet.
     missing: set[tuple[str, int]] = field(default_factory=set)
-    #: The last words of nodes that ended by themselves.
+    #: The last words of nodes that ended by themselves, though they had started.
     deaths: list[str] = field(default_factory=list)
     events: list[FileEvent] = field(default_factory=list)
     #: The next offset of each partition after what Kafka has acknowledged, and what is visible.
@@ -110,9 +110,11 @@ class Stage:
     async def terminate(self, place: tuple[str, int]) -> None:
         """Stop the node of a slot with SIGTERM and leave the slot empty."""
         self.missing.add(place)
-        code = await asyncio.to_thread(self.nodes[place].terminate)
-        if code != 0:
-            self.deaths.append(f"{place} ended with {code} when it was told to: {_last_line(self.nodes[place])}")
+        node = self.nodes[place]
+        code = await asyncio.to_thread(node.terminate)
+        # Before it has started it has nothing to give back, and no handler for the signal.
+        if code != 0 and node.has_logged('"node_started"'):
+            self.deaths.append(f"{place} ended with {code} when it was told to: {_last_line(node)}")
 
     def pick(self, *roles: str) -> tuple[str, int]:
         """Draw one of the running nodes of these roles (default: all)."""
@@ -179,7 +181,8 @@ class Stage:
     def _make_event(self, number: int) -> FileEvent:
         return FileEvent(
             event_id=f"{number:032x}",
-            uri=f"file:///made/{self.chance.randrange(_URIS)}.bin",
+            # Drawn by the number, so that the rate of the events has no part in which faults are drawn.
+            uri=f"file:///made/{random.Random(number).randrange(_URIS)}.bin",
             op="modified",
             occurred_at=datetime.now(UTC),
             content=number.to_bytes(8, "big"),
@@ -206,7 +209,9 @@ class Stage:
         while True:
             for place, node in list(self.nodes.items()):
                 if place not in self.missing and node.process.poll() is not None:
-                    self.deaths.append(f"{place} ended by itself with {node.process.returncode}: {_last_line(node)}")
+                    if not _has_missed_a_service(node):
+                        code = node.process.returncode
+                        self.deaths.append(f"{place} ended by itself with {code}: {_last_line(node)}")
                     self.start(*place)
             await asyncio.sleep(_POLL_SECONDS)
 
@@ -301,6 +306,12 @@ def _say_nothing(_line: str) -> None:
 
 def _tail(node: NodeProcess) -> str:
     return node.log.read_text(errors="replace")[-3000:]
+
+
+def _has_missed_a_service(node: NodeProcess) -> bool:
+    """Tell whether a node could not start, because a service was away: it says so in a line and ends, on purpose."""
+    said = node.log.read_text(errors="replace").splitlines()
+    return node.process.returncode == 1 and len(said) == 1 and said[0].startswith("stampline: ")
 
 
 def _last_line(node: NodeProcess) -> str:

@@ -43,7 +43,9 @@ try:
     with run_services(broker=broker, database=True, data=data, say=say) as services:
         try:
             print(json.dumps({"pids": services.pids, "dsn": services.postgres_dsn}), flush=True)
-            signal.pause()
+            while True:
+                # Not `pause`: a signal that comes just before it would not be seen.
+                signal.sigtimedwait((), 0.1)
         except KeyboardInterrupt:
             services.check()
             print("drained", flush=True)

@@ -49,14 +49,15 @@ import faust.streams
 import pytest
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
-from aiokafka.errors import RequestTimedOutError
+from aiokafka.consumer.group_coordinator import CoordinatorGroupRebalance
+from aiokafka.errors import GroupAuthorizationFailedError, KafkaError, RequestTimedOutError
 from aiokafka.producer.sender import Sender
 from faust.types import ConsumerMessage
 
 from agents import hasher, projector, reducer
 from pipeline import transport
 from pipeline.errors import StamplineError
-from pipeline.kafka import kafka_options
+from pipeline.kafka import FencedInstanceId, kafka_options
 from pipeline.lanes import Batch
 from pipeline.logreader import LogReader
 from pipeline.topics import FILE_EVENTS, FILE_STAMPS, FILES_CHANGELOG, TOPICS, admin_client, topic_name
@@ -142,6 +143,49 @@ async def test_gaps_in_offsets_skip_nothing(make_ground: MakeGround) -> None:
     assert [offset for _, batch in commits for offset in batch] == offsets
     ends = [None, *(batch[-1] + 1 for _, batch in commits)]
     assert [before for before, _ in commits] == ends[:-1]
+
+
+@pytest.mark.parametrize("answer", [KafkaError("UnknownError()"), RequestTimedOutError()], ids=["unknown", "known"])
+async def test_an_unexpected_answer_to_a_join_is_not_the_end(
+    make_ground: MakeGround, monkeypatch: pytest.MonkeyPatch, answer: KafkaError
+) -> None:
+    """Aiokafka waits for somebody to look at such an error, which Faust never does: the node joins again."""
+    ground = await make_ground()
+    join = CoordinatorGroupRebalance.perform_group_join
+    answers = iter([answer])
+
+    async def join_at_last(rebalance: CoordinatorGroupRebalance) -> Any:
+        for error in answers:
+            raise error
+        return await join(rebalance)
+
+    monkeypatch.setattr(CoordinatorGroupRebalance, "perform_group_join", join_at_last)
+    async with run_node(ground.settings, ["hasher"], transactions=True) as node:
+        await node.wait_until_ready()
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (KafkaError(repr(FencedInstanceId())), "another process uses KAFKA_GROUP_INSTANCE_ID=mine too"),
+        (GroupAuthorizationFailedError("probe"), "keeps this process out of its group"),
+    ],
+    ids=["fenced", "forbidden"],
+)
+async def test_an_answer_that_is_the_end_is_told(
+    make_ground: MakeGround, monkeypatch: pytest.MonkeyPatch, answer: KafkaError, said: str
+) -> None:
+    """Where trying again cannot help, the node ends with a line that says why."""
+    ground = await make_ground()
+    settings = ground.settings.model_copy(update={"kafka_group_instance_id": "mine"})
+
+    async def refuse(_rebalance: CoordinatorGroupRebalance) -> Any:
+        raise answer
+
+    monkeypatch.setattr(CoordinatorGroupRebalance, "perform_group_join", refuse)
+    with pytest.raises(StamplineError, match=said):
+        async with run_node(settings, ["hasher"], transactions=True):
+            pytest.fail("it has started")
 
 
 async def test_a_commit_that_failed_is_not_believed(make_ground: MakeGround, monkeypatch: pytest.MonkeyPatch) -> None:

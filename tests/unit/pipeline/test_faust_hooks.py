@@ -95,6 +95,7 @@ ADDED = {
     "BatchConsumer": {"thread", "_fetch", "deliver", "log_range", "commit_offsets", "start_at", "has_namesake"},
     "BatchConsumerThread": {
         "batch_app", "commit_offsets", "log_range", "_log_range", "coordinator_tasks", "wake", "_wake",
+        "group_error", "join_again", "_join_again",
         "start_at", "_start_at", "fetch", "_fetch",
     },
     "BatchStore": {"partition", "retain", "_answering"},
@@ -270,7 +271,10 @@ async def test_the_consumer_is_of_our_own_making(app: RoleApp) -> None:
     finally:
         await consumer.stop()
     assert app.batch_consumer.thread.coordinator_tasks() == []
-    assert "self._coordination_task = create_task(" in inspect.getsource(GroupCoordinator)
+    assert app.batch_consumer.thread.group_error is None
+    source = inspect.getsource(GroupCoordinator)
+    assert "self._coordination_task = create_task(" in source
+    assert "self._pending_exception = exc" in source
 
 
 class _Poll:
