@@ -244,16 +244,16 @@ class RoleApp(faust.App):
     def find_fault(self) -> BaseException | None:
         """Return why this role cannot work any more, though its process lives; None while all is well.
 
-        Faust notices none but the first of these: a crash, a lane or an agent whose task has ended, a dead task of
-        the consumer's coordinator.
+        Of these Faust notices none but a crash: an error that keeps it out of its group, a lane or an agent whose task
+        has ended, a dead task of the consumer's coordinator.
         """
+        fault = self._find_fault_of_group()
+        if fault is not None:
+            return fault
         if self.crashed:
             return self.crash_reason or StamplineError("it crashed")
         if self.batch_consumer.lanes.ended:
             return StamplineError("the lane of a partition has ended")
-        fault = self._find_fault_of_group()
-        if fault is not None:
-            return fault
         tasks = [actor.actor_task for agent in self.agents.values() for actor in agent._actors]  # noqa: SLF001
         tasks += self.batch_consumer.thread.coordinator_tasks()
         for task in tasks:
@@ -265,7 +265,9 @@ class RoleApp(faust.App):
         """Return why this process cannot be in its group; what may pass is logged and tried again."""
         name = self.settings.kafka_group_instance_id
         error = self.batch_consumer.thread.group_error
-        if name is not None and (self.batch_consumer.has_namesake or FencedInstanceId.__name__ in str(error)):
+        # Whoever asks the consumer for something first gets to hear of the error, and may have crashed of it.
+        fenced = any(FencedInstanceId.__name__ in str(told) for told in (error, self.crash_reason))
+        if name is not None and (self.batch_consumer.has_namesake or fenced):
             return StamplineError(
                 f"another process uses KAFKA_GROUP_INSTANCE_ID={name} too: give each process a name of its own"
             )

@@ -76,5 +76,5 @@ async def test_two_processes_of_one_name_are_told(road: Road) -> None:
     road.start("reducer", KAFKA_SESSION_TIMEOUT_MS="1000")
     await road.until_visible(positions, may_fail=rivals)
 
-    assert "another process uses KAFKA_GROUP_INSTANCE_ID=same too" in loser.log.read_text().splitlines()[-1]
+    assert loser.has_logged("another process uses KAFKA_GROUP_INSTANCE_ID=same too")
     await road.assert_exact(events, positions)
