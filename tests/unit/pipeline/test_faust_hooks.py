@@ -100,7 +100,9 @@ ADDED = {
     },
     "BatchStore": {"partition", "retain", "_answering"},
     "BatchTable": {"batch_store"},
-    "RoleApp": {"batches", "batch_consumer", "is_ready", "reaches_kafka", "find_fault", "_find_fault_of_group", "release"},
+    "RoleApp": {
+        "batches", "batch_consumer", "is_ready", "reaches_kafka", "find_fault", "_find_fault_of_group", "release",
+    },
 }  # fmt: skip
 
 
