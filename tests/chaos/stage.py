@@ -309,9 +309,9 @@ def _tail(node: NodeProcess) -> str:
 
 
 def _has_missed_a_service(node: NodeProcess) -> bool:
-    """Tell whether a node could not start, because a service was away: it says so in a line and ends, on purpose."""
-    said = node.log.read_text(errors="replace").splitlines()
-    return node.process.returncode == 1 and len(said) == 1 and said[0].startswith("stampline: ")
+    """Tell whether a node could not start, because a service was away: it ends with a line that says so, on purpose."""
+    told = node.process.returncode == 1 and _last_line(node).startswith("stampline: ")
+    return told and not node.has_logged('"node_started"')
 
 
 def _last_line(node: NodeProcess) -> str:
