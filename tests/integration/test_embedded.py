@@ -37,6 +37,8 @@ from pathlib import Path
 from pipeline.embedded import run_services
 
 broker, data = sys.argv[1] or None, Path(sys.argv[2]) if sys.argv[2] else None
+# A shell that runs the tests in the background has them ignore Ctrl-C, and children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 def say(line):
     print("said", line, flush=True)
 try:
