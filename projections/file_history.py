@@ -8,7 +8,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any, Final
 
-from pipeline.events import EventFacts
+from pipeline.events import Change, EventFacts, FileState
 from projections.feed import FeedBatch
 
 #: The name of this projection in the watermarks.
@@ -38,50 +38,39 @@ _NOTHING: Final = EventFacts(
 
 
 def rows(batch: FeedBatch, partition: int, projected_at: datetime) -> list[tuple[Any, ...]]:
-    """Return one row for each change of `batch`, with what the event said and what came of it.
+    """Return one row for each change of `batch`, with what the event said and what came of it."""
+    result: list[tuple[Any, ...]] = []
+    for key, change in zip(batch.keys, batch.changes, strict=True):
+        state = change.state
+        facts = tell(change)
+        result.append(
+            (
+                partition,
+                change.input_offset,
+                key.decode(),
+                facts.namespace,
+                facts.event_id,
+                facts.op,
+                change.outcome,
+                None if state is None else state.version,
+                None if state is not None and state is facts and state.deleted else facts.digest,
+                facts.size,
+                facts.occurred_at,
+                change.recorded_at,
+                projected_at,
+                change.reason,
+            )
+        )
+    return result
+
+
+def tell(change: Change) -> FileState | EventFacts:
+    """Return what tells of the event of a change.
 
     A committed event became the state, so the state tells it; every other change brings the event's own words.
     """
-    result: list[tuple[Any, ...]] = []
-    row: tuple[Any, ...]
-    for key, change in zip(batch.keys, batch.changes, strict=True):
-        state = change.state
-        event = change.event
-        # Both shapes are written out: a common one would cost another object for each change.
-        if event is None and state is not None:
-            row = (
-                partition,
-                change.input_offset,
-                key.decode(),
-                state.namespace,
-                state.event_id,
-                state.op,
-                change.outcome,
-                state.version,
-                None if state.deleted else state.digest,
-                state.size,
-                state.occurred_at,
-                change.recorded_at,
-                projected_at,
-                change.reason,
-            )
-        else:
-            told = event or _NOTHING
-            row = (
-                partition,
-                change.input_offset,
-                key.decode(),
-                told.namespace,
-                told.event_id,
-                told.op,
-                change.outcome,
-                None if state is None else state.version,
-                told.digest,
-                told.size,
-                told.occurred_at,
-                change.recorded_at,
-                projected_at,
-                change.reason,
-            )
-        result.append(row)
-    return result
+    event = change.event
+    if event is not None:
+        return event
+    state = change.state
+    return _NOTHING if state is None else state

@@ -9,15 +9,20 @@ from typing import Final
 
 _NAME: Final = re.compile(r"^-- name: (\w+)$", re.MULTILINE)
 
+#: The schema that the statements are written for, with the dot that makes it one.
+_WRITTEN_FOR: Final = re.compile(r"\bstampline\.")
+
 
 @cache
-def query(name: str) -> str:
-    """Return the statement called `name`.
+def query(name: str, schema: str = "stampline") -> str:
+    """Return the statement called `name`, for the tables of `schema`.
+
+    Only tables exist in more than one schema: a statement that calls a function of ours is for `stampline` alone.
 
     Raises:
         KeyError: there is none, which is a bug of ours.
     """
-    return _queries()[name]
+    return _WRITTEN_FOR.sub(f"{schema}.", _queries()[name])
 
 
 @cache

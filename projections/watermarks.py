@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from typing import Final
 
 from pipeline.errors import PositionLost
-from projections import file_history, files
+from projections import activity, contents, file_history, files
 
 #: Every projection that the writer keeps, by its durable name.
-PROJECTIONS: Final = (files.NAME, file_history.NAME)
+PROJECTIONS: Final = (files.NAME, file_history.NAME, contents.NAME, activity.NAME)
 
 
 def agree(partition: int, feed_offsets: Mapping[str, int]) -> int:

@@ -2,12 +2,14 @@
 
 That transaction is the commit of the projector; there is no other. Its order:
 
-1. COPY of everything that the batch brings: the rows of the history into their table, where they are in nobody's way,
-   those of `files` into a table of this session.
-2. Compare-and-set of the watermarks. Where they have moved, another projector owns the partition, and the transaction
-   is rolled back with everything in it.
-3. The upsert of `files`, within the server.
-4. COMMIT.
+1. The lock that all writers share. Who exchanges tables after a rebuild takes it alone, between two transactions.
+2. COPY of everything that the batch brings: the rows of the history into their table, where they are in nobody's way,
+   those of the others into tables of this session (`projections/storage.py`).
+3. Compare-and-set of the watermarks of all projections. Where they have moved, another projector owns the partition,
+   and the transaction is rolled back with everything in it.
+4. The upserts within the server: of `files` and `activity`, then of `contents`. All partitions write rows of the last,
+   and those that two of them write at once are waited for until a COMMIT, so it comes as late as possible.
+5. COMMIT.
 
 The COPY comes first because PostgreSQL waits for the client's data without any timeout: a projector that freezes in
 the middle of a COPY would otherwise keep the watermark's lock, and its successor out, for as long as it is frozen.
@@ -29,14 +31,17 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Final
 
 from pipeline.errors import PartitionFenced, PositionLost, RowsRefused, SettingsError, StamplineError
 from pipeline.postgres import Connection, PostgresConnectionManager, find_double, lacks_partition, refuses_data
-from projections import file_history, files
+from projections import activity, contents, file_history, files, storage
 from projections.feed import FeedBatch
 from projections.queries import query
 from projections.watermarks import PROJECTIONS, agree
+
+#: The projections whose rows are staged first and applied then, in the order of that.
+_APPLIED: Final = (files.NAME, activity.NAME, contents.NAME)
 
 #: What the making of rows and the driver's encoders raise for a value: not UTF-8, more than 64 bits.
 _NOT_ENCODABLE: Final = (ValueError, OverflowError)
@@ -124,11 +129,10 @@ class ProjectionWriter:
             now = self._now()
             await self._ensure_history_partitions(connection, now)
             with self._refusals(), suppress(_TakenBack):
-                history_rows = file_history.rows(batch, partition, now)
-                files_rows = files.rows(batch)
-                shown = 0
+                rows = {name: storage.make_rows(name, batch, partition, now) for name in PROJECTIONS}
+                written = {name: len(projected) for name, projected in rows.items()}
                 async with connection.transaction(isolation="read_committed"):
-                    await _copy(connection, history_rows, files_rows)
+                    await storage.stage_all(connection, rows)
                     moved = await connection.execute(
                         query("move_watermarks"),
                         PROJECTIONS,
@@ -140,17 +144,18 @@ class ProjectionWriter:
                         now,
                         self._owner,
                     )
-                    if _count(moved) != len(PROJECTIONS):
+                    if storage.count_rows(moved) != len(PROJECTIONS):
                         raise PartitionFenced(
                             f"another projector has moved the watermark of partition {partition}, "
                             f"it is not at feed offset {expected_feed_offset} any more"
                         )
-                    if files_rows:
-                        shown = _count(await connection.execute(query("upsert_files"), partition, now))
+                    for name in _APPLIED:
+                        if rows[name]:
+                            written[name] = await storage.apply(connection, name, partition, now)
                     if not commit:
                         raise _TakenBack
         return WriteResult(
-            rows={files.NAME: shown, file_history.NAME: len(history_rows)},
+            rows=written,
             projected_at=now,
             milliseconds=(time.perf_counter() - started) * 1000,
         )
@@ -195,20 +200,3 @@ def _refusal(exc: Exception) -> StamplineError:
             "changed by hand. Nothing was written; `stampline verify` tells what is there"
         )
     return RowsRefused(said)
-
-
-async def _copy(connection: Connection, history_rows: list[tuple[Any, ...]], files_rows: list[tuple[Any, ...]]) -> None:
-    if history_rows:
-        await connection.copy_records_to_table(
-            "file_history", schema_name="stampline", columns=file_history.COLUMNS, records=history_rows
-        )
-    if files_rows:
-        await connection.execute(query("stage_files"))
-        await connection.copy_records_to_table(
-            "staged_files", schema_name="pg_temp", columns=files.COLUMNS, records=files_rows
-        )
-
-
-def _count(status: str) -> int:
-    """Return how many rows a command touched, which is the last word of its status."""
-    return int(status.rpartition(" ")[2])

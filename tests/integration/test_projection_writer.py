@@ -15,6 +15,7 @@ from pipeline.errors import PartitionFenced, PositionLost, RowsRefused, ServiceU
 from pipeline.postgres import PostgresConnectionManager
 from pipeline.settings import Settings
 from projections.feed import FeedBatch, decode_feed
+from projections.watermarks import PROJECTIONS
 from projections.writer import ProjectionWriter, WriteResult
 from tests.projection_samples import (
     NOON,
@@ -59,10 +60,15 @@ async def analyst(database: str) -> AsyncIterator[asyncpg.Connection[asyncpg.Rec
 
 
 async def counts(analyst: asyncpg.Connection[asyncpg.Record]) -> tuple[int, int]:
-    """Count the rows of both views."""
-    row = await analyst.fetchrow("SELECT (SELECT count(*) FROM files), (SELECT count(*) FROM file_history)")
+    """Count the rows of `files` and of the history; `activity` must have counted as many as the latter."""
+    row = await analyst.fetchrow(
+        "SELECT (SELECT count(*) FROM files), (SELECT count(*) FROM file_history), "
+        "(SELECT coalesce(sum(events), 0)::bigint FROM activity)"
+    )
     assert row is not None
-    return tuple(row)
+    shown, told, counted = row
+    assert told == counted
+    return shown, told
 
 
 async def wait_until_blocked(analyst: asyncpg.Connection[asyncpg.Record], statement: str) -> int:
@@ -86,13 +92,13 @@ async def test_a_new_partition_begins_at_zero(
     assert await writer.open_partition(3) == 0
 
     rows = [tuple(row) for row in await analyst.fetch(WATERMARKS)]
-    assert rows == [("file_history", 0, 0, None, "one"), ("files", 0, 0, None, "one")]
+    assert rows == [(name, 0, 0, None, "one") for name in sorted(PROJECTIONS)]
 
 
 async def test_rows_and_watermarks_come_together(
     writer: ProjectionWriter, analyst: asyncpg.Connection[asyncpg.Record]
 ) -> None:
-    """After a write both views tell the batch, and the watermarks how far feed and input have come."""
+    """After a write all views tell the batch, and the watermarks how far feed and input have come."""
     before = datetime.now(UTC)
     commit = make_commit(1, metadata=b'{"k": [1]}', workflow_id="w")
     records = make_records(
@@ -128,9 +134,16 @@ async def test_rows_and_watermarks_come_together(
     assert history[2]["recorded_at"] == instant(3)
     assert {each["projected_at"] for each in history} == {result.projected_at}
     assert before <= result.projected_at <= datetime.now(UTC)
-    assert result.rows == {"files": 2, "file_history": 3}
+    contents = await analyst.fetch("SELECT digest, copies, bytes FROM contents ORDER BY digest")
+    activity = await analyst.fetch("SELECT namespace, op, events, bytes, committed, conflict FROM activity ORDER BY op")
+    assert [tuple(each) for each in contents] == [("01" * 32, 1, 101), ("02" * 32, 1, 102)]
+    assert [tuple(each) for each in activity] == [
+        ("other", "created", 1, 9, 0, 1),
+        ("default", "modified", 2, 203, 2, 0),
+    ]
+    assert result.rows == {"files": 2, "file_history": 3, "contents": 2, "activity": 2}
     watermarks = [tuple(each) for each in await analyst.fetch(WATERMARKS)]
-    assert watermarks == [("file_history", 5, 9, instant(3), "one"), ("files", 5, 9, instant(3), "one")]
+    assert watermarks == [(name, 5, 9, instant(3), "one") for name in sorted(PROJECTIONS)]
     assert await writer.open_partition(3) == 5
 
 
@@ -144,7 +157,7 @@ async def test_a_batch_without_changes_moves_the_watermark(
     await writer.write(3, 2, decode_feed([]), 3)
 
     rows = [tuple(row)[1:4] for row in await analyst.fetch(WATERMARKS)]
-    assert rows == [(3, 7, instant(1))] * 2
+    assert rows == [(3, 7, instant(1))] * len(PROJECTIONS)
 
 
 async def test_a_fenced_writer_leaves_nothing(
@@ -245,7 +258,7 @@ async def test_a_writer_stuck_in_its_copy_does_not_hold_the_watermark(
     await writing
     await holder.close()
 
-    assert len(locked) == 2
+    assert len(locked) == len(PROJECTIONS)
 
 
 async def test_exactly_one_of_two_writers_wins(
@@ -315,7 +328,7 @@ async def test_a_zombie_in_the_middle_of_its_transaction_is_refused(
 async def test_partitions_do_not_disturb_each_other(
     settings: Settings, writer: ProjectionWriter, analyst: asyncpg.Connection[asyncpg.Record]
 ) -> None:
-    """Each partition has its own watermarks; even the same files in several partitions never deadlock."""
+    """Each partition has its own watermarks; even the same files and contents in several partitions never deadlock."""
 
     async def project(partition: int) -> None:
         draw = random.Random(partition)
@@ -366,7 +379,7 @@ async def test_a_repeated_state_leaves_the_row_alone(
     first = await analyst.fetchval("SELECT projected_at FROM files")
     result = await writer.write(3, 1, make_batch(("a", make_refusal(2, make_state(1), outcome="duplicate"))), 2)
 
-    assert result.rows == {"files": 0, "file_history": 1}
+    assert result.rows == {"files": 0, "file_history": 1, "contents": 0, "activity": 1}
     assert await analyst.fetchval("SELECT projected_at FROM files") == first
 
 
@@ -415,7 +428,7 @@ async def test_the_longest_uri_can_be_shown_and_found(
 async def test_a_failed_first_write_leaves_the_session_usable(
     writer: ProjectionWriter, analyst: asyncpg.Connection[asyncpg.Record]
 ) -> None:
-    """The session's staging table is made inside the transaction; where that is rolled back, the next one makes it."""
+    """The session's staging tables are made in a transaction; where that is rolled back, the next one makes them."""
     await writer.open_partition(3)
     with pytest.raises(PartitionFenced):
         await writer.write(3, 5, make_batch(("a", make_commit(1))), 6)
