@@ -15,6 +15,7 @@ end of the changelog, and only then read the committed offsets.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -23,24 +24,30 @@ from typing import Final
 
 from faust.types import TP, StreamT
 
+from agents.positions import committed_position
+from agents.retry import DUE_HEADER
 from agents.standalone import run_role
 from pipeline.app import RoleApp, WebPlace
 from pipeline.errors import PositionLost
-from pipeline.events import ATTEMPT_HEADER, PROGRESS_KEY, Stamp, decode_stamp, encode_record
+from pipeline.events import ATTEMPT_HEADER, OUTCOMES, PROGRESS_KEY, Progress, Stamp, decode_stamp, encode_record
 from pipeline.lanes import Batch
 from pipeline.logs import get_logger
+from pipeline.metrics import Metrics
 from pipeline.records import Record, dead_letter_of_event
 from pipeline.settings import Settings
 from pipeline.topics import DEAD_LETTERS, FILE_EVENTS, FILE_STAMPS, FILES_CHANGELOG, RETRY, topic_name
 from pipeline.transactions import Writer
-from pipeline.transport import BatchConsumer, LogRange
+from pipeline.transport import BatchConsumer
 from tables.changelog import restore
-from tables.files import Rules, backoff_ms, fold
+from tables.files import Folded, Rules, backoff_ms, fold
 from tables.standby import Standbys
 from tables.store import BatchStore, BatchTable, Mark, OpenStore, PartitionStore, open_in_memory, release
 
 APP_ID: Final = "stampline-reducer"
 TABLE: Final = "files"
+
+#: The reason in the dead letters of the reducer.
+_GAVE_UP: Final = "gave_up"
 
 #: How often a long recovery says how far it is, in s.
 _REPORT_SECONDS: Final = 5.0
@@ -57,9 +64,12 @@ class _Partition:
 class Reducer:
     """The reducer's partitions in this process."""
 
-    def __init__(self, settings: Settings, *, transactions: bool) -> None:
+    def __init__(self, settings: Settings, *, transactions: bool, metrics: Metrics | None = None) -> None:
         self._settings = settings
         self._transactions = transactions
+        self._metrics = metrics or Metrics()
+        self._metrics.count_outcomes(dict.fromkeys(OUTCOMES, 0))
+        self._metrics.count_dead_letters(_GAVE_UP, 0)
         self._rules = Rules(
             attempts_max=settings.retry_max_attempts,
             backoff_base_ms=settings.retry_backoff_base_ms,
@@ -91,7 +101,13 @@ class Reducer:
         await writer.open()
         self._partitions[tp] = _Partition(writer, store)
         await self._recover(tp, store, consumer)
-        return _position(tp, await consumer.log_range(tp), store)
+        log_range = await consumer.log_range(tp)
+        position = committed_position(tp, log_range, done="reduced")
+        if log_range.committed and store.progress is None:
+            raise PositionLost(
+                f"{tp.topic} partition {tp.partition} is reduced up to {position}, but the table's changelog is empty"
+            )
+        return position
 
     async def _recover(self, tp: TP, store: PartitionStore, consumer: BatchConsumer) -> None:
         """Restore what the store lacks, and say how far that is."""
@@ -120,12 +136,15 @@ class Reducer:
         store = partition.store
         stamps = [decode_stamp(record.value) for record in batch.records]
         folded = fold(stamps, store.get, store.progress, self._rules)
+        pauses_ms = [backoff_ms(stamp.event_id or "", stamp.attempt + 1, self._rules) for stamp in folded.deferred]
         reduced = time.perf_counter()
         progress = encode_record(folded.progress)
         now = datetime.now(UTC)
         next_offsets = await partition.writer.write(
             {
-                topic_name(self._settings, RETRY): [self._sent_in_again(stamp) for stamp in folded.deferred],
+                topic_name(self._settings, RETRY): [
+                    _sent_in_again(stamp, pause_ms) for stamp, pause_ms in zip(folded.deferred, pauses_ms, strict=True)
+                ],
                 topic_name(self._settings, DEAD_LETTERS): [
                     self._given_up(stamp, batch.tp.partition, now) for stamp in folded.gave_up
                 ],
@@ -137,6 +156,10 @@ class Reducer:
             },
             {batch.tp: batch.next_offset},
         )
+        committed = time.perf_counter()
+        self._count(folded, store.progress, pauses_ms)
+        self._metrics.commit_latency_ms.observe((committed - reduced) * 1000)
+        self._metrics.count_batch("reducer", records=len(stamps), seconds=committed - started)
         if store.progress is not None and folded.progress.gaps > store.progress.gaps:
             log.error("inputs_missing", partition=batch.tp.partition, recommendation="run `stampline verify`")
         position = next_offsets[self._changelog]
@@ -154,13 +177,15 @@ class Reducer:
             duration_ms=round((time.perf_counter() - started) * 1000, 2),
         )
 
-    def _sent_in_again(self, stamp: Stamp) -> Record:
-        """The event for the retry role: its own bytes, which attempt comes next, and when it is due."""
-        assert stamp.uri is not None
-        assert stamp.event_id is not None
-        due_ms = stamp.stamped_at.timestamp() * 1000 + backoff_ms(stamp.event_id, stamp.attempt + 1, self._rules)
-        headers = ((ATTEMPT_HEADER, b"%d" % (stamp.attempt + 1)), ("stampline-due-ms", b"%d" % due_ms))
-        return Record(stamp.uri.encode(), stamp.original, headers)
+    def _count(self, folded: Folded, before: Progress | None, pauses_ms: Iterable[float]) -> None:
+        """Count what became of a batch, from how the progress of its partition has changed."""
+        outcomes = Counter[str](folded.progress.outcomes)
+        if before is not None:
+            outcomes.subtract(before.outcomes)
+        self._metrics.count_outcomes(outcomes)
+        self._metrics.count_dead_letters(_GAVE_UP, len(folded.gave_up))
+        for pause_ms in pauses_ms:
+            self._metrics.backoff_ms.observe(pause_ms)
 
     def _given_up(self, stamp: Stamp, partition: int, now: datetime) -> Record:
         assert stamp.uri is not None
@@ -169,7 +194,7 @@ class Reducer:
             topic=topic_name(self._settings, FILE_EVENTS),
             partition=partition,
             offset=stamp.input_offset,
-            reason="gave_up",
+            reason=_GAVE_UP,
             error=f"expected version {stamp.expected_version} did not come in {stamp.attempt} attempts",
             attempts=stamp.attempt + 1,
             now=now,
@@ -204,27 +229,27 @@ class Reducer:
         return self.standbys.status()
 
 
-def _position(tp: TP, log_range: LogRange, store: PartitionStore) -> int:
-    committed = log_range.committed
-    place = f"{tp.topic} partition {tp.partition}"
-    if committed is None:
-        return log_range.begin
-    if committed < log_range.begin:
-        raise PositionLost(
-            f"{place}: offsets {committed} to {log_range.begin - 1} are gone by retention and were not reduced"
-        )
-    if log_range.ends_before(committed):
-        raise PositionLost(f"{place} ends at {log_range.end}, but is reduced up to {committed}: it was made anew")
-    if committed and store.progress is None:
-        raise PositionLost(f"{place} is reduced up to {committed}, but the table's changelog is empty")
-    return committed
+def _sent_in_again(stamp: Stamp, pause_ms: float) -> Record:
+    """The event for the retry role: its own bytes, which attempt comes next, and when it is due."""
+    assert stamp.uri is not None
+    due_ms = stamp.stamped_at.timestamp() * 1000 + pause_ms
+    headers = ((ATTEMPT_HEADER, b"%d" % (stamp.attempt + 1)), (DUE_HEADER, b"%d" % due_ms))
+    return Record(stamp.uri.encode(), stamp.original, headers)
 
 
 def create_app(
-    settings: Settings, open_store: OpenStore = open_in_memory, *, transactions: bool, web: WebPlace | None = None
+    settings: Settings,
+    open_store: OpenStore = open_in_memory,
+    *,
+    transactions: bool,
+    web: WebPlace | None = None,
+    metrics: Metrics | None = None,
 ) -> RoleApp:
-    """Return the reducer's Faust app, with its table; `open_store` opens its partitions, `web` shows them."""
-    reducer = Reducer(settings, transactions=transactions)
+    """Return the reducer's Faust app, with its table.
+
+    `open_store` opens the table's partitions, `web` shows them, and what is done is counted in `metrics`.
+    """
+    reducer = Reducer(settings, transactions=transactions, metrics=metrics)
     app = RoleApp(APP_ID, settings, reducer, transactions=transactions, web=web)
     table = BatchTable(app, name=TABLE, key_type=bytes, value_type=bytes, partitions=settings.kafka_topic_partitions)
     app.tables.add(table)
