@@ -5,7 +5,10 @@ Works without the rest of stampline::
     async with EventProducer(load_settings()) as producer:
         token = await producer.send(event)
 
-The answer is a token, `file-events:PARTITION:OFFSET`; `wait_for` in PostgreSQL and `GET /api/v1/wait` take it.
+        answer = await producer.wait(token, timeout_seconds=2)
+
+The answer to an event is a token, `file-events:PARTITION:OFFSET`; `wait_for` in PostgreSQL and `GET /api/v1/wait` take
+it as well. Whoever does not wait needs no PostgreSQL.
 
 An event is checked here as the hasher checks it, so that its sender hears of a mistake, and not the dead letters.
 Imports aiokafka, and of ours the wire schema, the names of the topics and `pipeline.kafka`.
@@ -14,18 +17,24 @@ Imports aiokafka, and of ours the wire schema, the names of the topics and `pipe
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Iterable, Sequence
 from types import TracebackType
-from typing import Any, Final, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 from aiokafka import AIOKafkaProducer
 
-from pipeline.errors import ServiceUnavailable
+from pipeline.errors import InvalidToken, ServiceUnavailable
 from pipeline.events import RECORD_MAX_BYTES, URI_MAX_BYTES, FileEvent, decode_event, encode_event
 from pipeline.kafka import abandon, kafka_errors, kafka_options, missing_topic, partition_for
 from pipeline.settings import Settings
 from pipeline.topics import FILE_EVENTS, has_transactions, topic_name
 
+if TYPE_CHECKING:
+    from pipeline.waiting import Answer, Waiter
+
+# As `wait_for` in PostgreSQL has it.
+_TOKEN: Final = re.compile(rf"{FILE_EVENTS}:([0-9]{{1,9}}):([0-9]{{1,18}})")
 _BATCH_BYTES_MAX: Final = 1024 * 1024
 # The largest record of the contract, its key and what Kafka puts round them.
 _REQUEST_BYTES_MAX: Final = RECORD_MAX_BYTES + URI_MAX_BYTES + 64 * 1024
@@ -47,6 +56,18 @@ class Position(NamedTuple):
         """The position as producers and analysts write it; the topic without the prefix of the installation."""
         return f"{FILE_EVENTS}:{self.partition}:{self.offset}"
 
+    @classmethod
+    def parse(cls, token: str) -> Self:
+        """Return the position that a token stands for.
+
+        Raises:
+            InvalidToken: it is no token.
+        """
+        found = _TOKEN.fullmatch(token)
+        if found is None:
+            raise InvalidToken(f"{token!r} is no token. {InvalidToken.__doc__}")
+        return cls(int(found[1]), int(found[2]))
+
 
 class EventProducer:
     """Sends file events; an async context manager.
@@ -60,6 +81,7 @@ class EventProducer:
         self._topic = topic_name(settings, FILE_EVENTS)
         self._delivery_timeout_s = _DELIVERY_ATTEMPTS * settings.kafka_request_timeout_ms / 1000
         self._driver: Any = None
+        self._waiter: Waiter | None = None
 
     @property
     def topic(self) -> str:
@@ -111,8 +133,15 @@ class EventProducer:
     async def aclose(self) -> None:
         """Deliver what is under way, for a bounded time, and disconnect. May be called twice."""
         producer, self._driver = self._driver, None
-        if producer is None:
-            return
+        waiter, self._waiter = self._waiter, None
+        try:
+            if waiter is not None:
+                await waiter.aclose()
+        finally:
+            if producer is not None:
+                await self._stop(producer)
+
+    async def _stop(self, producer: Any) -> None:
         try:
             async with asyncio.timeout(self._delivery_timeout_s):
                 await producer.stop()
@@ -158,6 +187,28 @@ class EventProducer:
         encoded = [_encoded(event) for event in events]
         with kafka_errors(self._settings, topic=self._topic):
             return await self._send_batches(encoded)
+
+    async def wait(self, token: str, timeout_seconds: float) -> Answer:
+        """Wait until an event that was sent is visible in PostgreSQL, or it is known that it will not be.
+
+        Any number of waits share one connection, which is made for the first of them.
+
+        Args:
+            token: what `send` returned, here or elsewhere.
+            timeout_seconds: the longest wait, more than 0.
+
+        Raises:
+            InvalidToken: it is no token.
+            ServiceUnavailable: PostgreSQL did not answer in that time.
+            SettingsError: PostgreSQL does not let us in, or lacks the tables.
+        """
+        self._opened()
+        if self._waiter is None:
+            # Whoever only sends needs neither PostgreSQL nor its driver.
+            from pipeline.waiting import Waiter  # noqa: PLC0415
+
+            self._waiter = Waiter(self._settings)
+        return await self._waiter.wait(token, timeout_seconds)
 
     async def flush(self) -> None:
         """Wait until everything that was sent has been delivered.

@@ -4,6 +4,7 @@ The tree, with what the runtime does on each::
 
     StamplineError                 one line for a person: what is wrong and what to do
     ├── SettingsError              the environment is wrong: refuse to start
+    ├── InvalidToken               no producer got this token: the caller is told
     ├── ServiceUnavailable         Kafka or PostgreSQL does not answer      retriable
     ├── TopicError                 a topic is missing or has another shape: refuse to start
     ├── PositionLost               the log no longer holds our position: stop that partition
@@ -37,6 +38,10 @@ class StamplineError(Exception):
 
 class SettingsError(StamplineError):
     """The settings are not valid."""
+
+
+class InvalidToken(StamplineError):
+    """A token is what a producer gets for its event: file-events:PARTITION:OFFSET."""
 
 
 class ServiceUnavailable(StamplineError):

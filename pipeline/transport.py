@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Container, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Container, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -78,6 +79,20 @@ class LogRange(NamedTuple):
         return self.end is not None and position > self.end
 
 
+class Reach(NamedTuple):
+    """How far a partition has been fetched.
+
+    `position` is the offset that the next fetch asks for, past the markers of transactions; `taken` is the offset after
+    the last record that was handed to the lane since its start, None = none was. `end` is the last stable offset, as
+    the fetch told it that was answered `age_seconds` ago.
+    """
+
+    position: int
+    taken: int | None
+    end: int
+    age_seconds: float
+
+
 class Fetched(NamedTuple):
     """Records of one partition, and after which start of it they were fetched."""
 
@@ -104,6 +119,8 @@ class BatchConsumerThread(driver.AIOKafkaConsumerThread):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._starts: Counter[TP] = Counter()
+        #: The offset after the last record that was handed out since the start, of partitions that had one.
+        self._taken: dict[TP, int] = {}
 
     @property
     def batch_app(self) -> BatchApp:
@@ -148,6 +165,7 @@ class BatchConsumerThread(driver.AIOKafkaConsumerThread):
     async def _start_at(self, tp: TP, offset: int) -> int:
         self._ensure_consumer().seek(TopicPartition(*tp), offset)
         self._starts[tp] += 1
+        self._taken.pop(tp, None)
         return self._starts[tp]
 
     async def fetch(self, partitions: Container[TP]) -> list[Fetched]:
@@ -162,7 +180,8 @@ class BatchConsumerThread(driver.AIOKafkaConsumerThread):
             timeout=_POLL_SECONDS,
             max_records=self.batch_app.settings.batch_records_max,
         )
-        # Nothing was awaited since the records were taken, so no seek can have come between.
+        # Nothing was awaited since the records were taken, so no seek can have come between, nor a `_reaches`.
+        self._taken.update((TP(*tp), taken[-1].offset + 1) for tp, taken in records.items() if taken)
         return [Fetched(TP(*tp), self._starts[TP(*tp)], taken) for tp, taken in records.items()]
 
     async def commit_offsets(self, offsets: Mapping[TP, int]) -> None:
@@ -183,6 +202,21 @@ class BatchConsumerThread(driver.AIOKafkaConsumerThread):
         if end and not self.batch_app.transactions:
             end = None  # The embedded broker tells the base of its last batch; only 0 can be believed.
         return LogRange(begin, end, await consumer.committed(tp))
+
+    async def reaches(self, tps: Collection[TP]) -> dict[TP, Reach]:
+        """Return how far these partitions have been fetched; without those that no fetch has told of yet."""
+        return cast("dict[TP, Reach]", await self.call_thread(self._reaches, tps))
+
+    async def _reaches(self, tps: Collection[TP]) -> dict[TP, Reach]:
+        subscription = self._ensure_consumer()._subscription.subscription  # noqa: SLF001
+        found = {}
+        for tp in tps:
+            state = subscription.assignment.state_value(tp) if subscription and subscription.assignment else None
+            # The public way to the position waits where there is none.
+            if state is not None and state.has_valid_position and state.lso is not None:
+                age_seconds = max(0.0, time.time() - state.timestamp / 1000)
+                found[tp] = Reach(state.position, self._taken.get(tp), state.lso, age_seconds)
+        return found
 
     def coordinator_tasks(self) -> list[asyncio.Task[None]]:
         """The tasks that keep this consumer in its group; one that ends leaves a consumer that sits idle for ever."""
@@ -288,6 +322,10 @@ class BatchConsumer(driver.Consumer):
         """
         with kafka_errors(self.thread.batch_app.settings, topic=tp.topic):
             return await self.thread.log_range(tp)
+
+    async def reaches(self, tps: Collection[TP]) -> dict[TP, Reach]:
+        """Return how far these partitions have been fetched; without those that no fetch has told of yet."""
+        return await self.thread.reaches(tps)
 
     async def commit_offsets(self, offsets: Mapping[TP, int]) -> None:
         """Commit positions outside a transaction.

@@ -89,7 +89,7 @@ async def measure(stages: Sequence[Stage], *, events: int, services: Mapping[str
     Raises:
         StamplineError: a process ended or stood still; names its log.
     """
-    with _processes(stages, logs) as running:
+    with run_processes(stages, logs) as running:
         pids = {name: process.pid for name, process in running.items()}
         pids |= {name: pid for name, pid in services.items() if pid is not None}
         started = time.monotonic()
@@ -162,7 +162,7 @@ def _check(running: Mapping[str, subprocess.Popen[bytes]], logs: Path, *, stalle
 
 
 @contextmanager
-def _processes(stages: Sequence[Stage], logs: Path) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
+def run_processes(stages: Sequence[Stage], logs: Path) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
     """Start a process for each stage; end them all, the first one first, so that each can drain."""
     running: dict[str, subprocess.Popen[bytes]] = {}
     try:

@@ -86,7 +86,7 @@ async def run_bench(plan: Plan, say: Say) -> Report:
     """
     if not LIMIT.is_file():
         raise StamplineError(f"`stampline bench` needs a checkout of the repository: there is no {LIMIT}")
-    with _logs() as logs, _site(say) as site:
+    with keep_logs() as logs, find_site(say) as site:
         runs = []
         for number in range(1, plan.runs + 1):
             # Every other run goes the other way round: the services are warmer for the second.
@@ -95,7 +95,7 @@ async def run_bench(plan: Plan, say: Say) -> Report:
                 say(f"run {number} of {plan.runs}: {system.name}, {plan.load.events} events")
                 runs.append(Run(system.name, number, await _whole(system(site, plan.load), site, plan.load, logs)))
         hops = await _hops(site, plan.load, logs, say) if plan.hops else []
-        versions = await _versions(site, say)
+        versions = await find_versions(site, say)
     chain, limit = (summarize([run for run in runs if run.system == name]) for name in (Chain.name, Limit.name))
     foreign = [run.measured.foreign_load_percent for run in (*runs, *hops)]
     return Report(
@@ -144,7 +144,7 @@ async def _hops(site: Site, load: Load, logs: Path, say: Say) -> list[Run]:
 
 
 @contextmanager
-def _logs() -> Iterator[Path]:
+def keep_logs() -> Iterator[Path]:
     """A folder for what the processes say, kept only where something goes wrong."""
     folder = Path(tempfile.mkdtemp(prefix="stampline-bench-"))
     failed = False
@@ -159,7 +159,7 @@ def _logs() -> Iterator[Path]:
 
 
 @contextmanager
-def _site(say: Say) -> Iterator[Site]:
+def find_site(say: Say) -> Iterator[Site]:
     """Use the services that the settings name; start those that they do not name."""
     settings = load_settings()
     named = settings.model_fields_set
@@ -178,7 +178,8 @@ def _site(say: Say) -> Iterator[Site]:
         yield Site(ours, {"kafka": pids.get("broker"), "postgres": pids.get("database")})
 
 
-async def _versions(site: Site, say: Say) -> dict[str, str]:
+async def find_versions(site: Site, say: Say) -> dict[str, str]:
+    """Return the versions of everything that was measured."""
     connection = await connect(site.settings)
     try:
         postgres = await connection.fetchval("SHOW server_version")

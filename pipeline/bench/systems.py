@@ -94,6 +94,11 @@ class System(ABC):
         self._counts: Mapping[str, int] = {}
         self._database: asyncpg.Connection[asyncpg.Record] | None = None
 
+    @property
+    def settings(self) -> Settings:
+        """Where its topics and its database are."""
+        return self._settings
+
     async def __aenter__(self) -> Self:
         await self._site.execute(f'CREATE DATABASE "{self._id}"')
         try:

@@ -1,4 +1,4 @@
-"""`stampline bench`: throughput of the chain beside the limit of this machine."""
+"""`stampline bench`: throughput of the chain beside the limit of this machine; recovery; how long one waits."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pipeline.errors import StamplineError
 if TYPE_CHECKING:
     from pipeline.bench.recovery import RecoveryReport
     from pipeline.bench.run import Report
+    from pipeline.bench.waits import WaitReport
 
 _NOT_MEASURED: Final = "not measured"
 
@@ -47,9 +48,24 @@ class _Numbers(click.ParamType):
 @click.option(
     "--keys", type=_Numbers(), default="1000000", show_default=True, help="Sizes of the tables for --recovery."
 )
+@click.option("--wait", is_flag=True, help="Measure instead how long one waits until one's own write is visible.")
+@click.option(
+    "--rate", type=click.IntRange(1, 10_000), default=500, show_default=True, help="Events a second for --wait."
+)
+@click.option("--seconds", type=click.IntRange(1, 3600), default=10, show_default=True, help="How long, for --wait.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
 def command(
-    events: int, uris: int, runs: int, *, hops: bool, recovery: bool, keys: tuple[int, ...], as_json: bool
+    events: int,
+    uris: int,
+    runs: int,
+    *,
+    hops: bool,
+    recovery: bool,
+    keys: tuple[int, ...],
+    wait: bool,
+    rate: int,
+    seconds: int,
+    as_json: bool,
 ) -> None:
     """Measure the events a second of this machine, and those of a hand-written limit beside it.
 
@@ -61,11 +77,19 @@ def command(
         from pipeline.bench.load import Load  # noqa: PLC0415
         from pipeline.bench.recovery import RecoveryPlan, run_recovery  # noqa: PLC0415
         from pipeline.bench.run import Plan, run_bench  # noqa: PLC0415
+        from pipeline.bench.waits import WaitPlan, run_waits  # noqa: PLC0415
     except ModuleNotFoundError as exc:
         raise StamplineError(
             f"`stampline bench` needs a checkout with its development tools, and there is no {exc.name}: "
             "run `make bench` in a clone of the repository"
         ) from exc
+    if wait:
+        waited = asyncio.run(run_waits(WaitPlan(rate, seconds), talk))
+        if as_json:
+            print_json(msgspec.to_builtins(waited))
+        else:
+            show_waits(waited)
+        return
     if recovery:
         recovered = asyncio.run(run_recovery(RecoveryPlan(keys, runs), talk))
         if as_json:
@@ -82,8 +106,6 @@ def command(
 
 def show(report: Report) -> None:
     """Print a report for people."""
-    from pipeline.bench.run import FOREIGN_LOAD_PERCENT_MAX  # noqa: PLC0415 - as above
-
     machine, versions = report.machine, report.versions
     talk(f"{machine['cores']} cores of {machine['cpu']}, {int(machine['memory_bytes']) / 2**30:.0f} GiB")
     talk(", ".join(f"{name} {version}" for name, version in versions.items()))
@@ -113,10 +135,7 @@ def show(report: Report) -> None:
     if report.hops:
         print_table([_hop_row(run.system, run.measured) for run in report.hops], title="\nEach role alone")
     talk(f"chain / limit: {report.chain_to_limit:.2f}")
-    foreign = report.foreign_load_percent
-    talk(f"foreign_load_percent: {_NOT_MEASURED if foreign is None else foreign}")
-    if foreign is not None and foreign > FOREIGN_LOAD_PERCENT_MAX:
-        talk(f"others used more than {FOREIGN_LOAD_PERCENT_MAX:g} % of this machine: do not believe these numbers")
+    _tell_foreign_load(report.foreign_load_percent)
 
 
 def show_recovery(report: RecoveryReport) -> None:
@@ -142,6 +161,33 @@ def show_recovery(report: RecoveryReport) -> None:
         ],
         title="Recovery",
     )
+
+
+def show_waits(report: WaitReport) -> None:
+    """Print a report on waits for people."""
+    machine, versions = report.machine, report.versions
+    talk(f"{machine['cores']} cores of {machine['cpu']}, {int(machine['memory_bytes']) / 2**30:.0f} GiB")
+    talk(", ".join(f"{name} {version}" for name, version in versions.items()))
+    talk(
+        f"{report.events} events of {report.content_bytes} bytes, {report.events_per_second} a second, "
+        f"{report.partitions} partitions; every one was reached"
+    )
+    print_table(
+        [
+            {"from the call until": "Kafka has it", "p50 ms": report.sent_ms_p50, "p99 ms": report.sent_ms_p99},
+            {"from the call until": "reached", "p50 ms": report.reached_ms_p50, "p99 ms": report.reached_ms_p99},
+        ],
+        title="Reading one's own write",
+    )
+    _tell_foreign_load(report.foreign_load_percent)
+
+
+def _tell_foreign_load(percent: float | None) -> None:
+    from pipeline.bench.run import FOREIGN_LOAD_PERCENT_MAX  # noqa: PLC0415 - as above
+
+    talk(f"foreign_load_percent: {_NOT_MEASURED if percent is None else percent}")
+    if percent is not None and percent > FOREIGN_LOAD_PERCENT_MAX:
+        talk(f"others used more than {FOREIGN_LOAD_PERCENT_MAX:g} % of this machine: do not believe these numbers")
 
 
 def _hop_row(name: str, measured: Any) -> dict[str, Any]:
