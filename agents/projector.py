@@ -24,8 +24,6 @@ c. 2 again, without their rows: the watermark passes them
 
 from __future__ import annotations
 
-import os
-import socket
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,9 +32,12 @@ from typing import Final
 
 from faust.types import TP, StreamT
 
+from agents.bytopic import ByTopic
+from agents.letters import LetterProjector
+from agents.positions import Mirror
 from agents.standalone import run_role
-from pipeline.app import RoleApp, WebPlace
-from pipeline.errors import PositionLost, RowsRefused, StamplineError
+from pipeline.app import RoleApp, WebPlace, node_name
+from pipeline.errors import PositionLost, RowsRefused
 from pipeline.lanes import Batch
 from pipeline.logs import get_logger
 from pipeline.postgres import PostgresConnectionManager
@@ -46,13 +47,12 @@ from pipeline.topics import DEAD_LETTERS, FILES_CHANGELOG, topic_name
 from pipeline.transactions import Writer
 from pipeline.transport import BatchConsumer
 from projections.feed import FeedBatch, decode_feed
+from projections.heartbeat import Heartbeat, Pulse, find_pulses
 from projections.refusals import Allowance, Refusal, Sifted, sift
+from projections.watermarks import PROJECTIONS
 from projections.writer import ProjectionWriter
 
 APP_ID: Final = "stampline-projector"
-
-#: How often the position is mirrored to Kafka, in s.
-_MIRROR_SECONDS: Final = 1.0
 
 #: The reason in the dead letters of the projector.
 _REASON: Final = "projection_refused"
@@ -64,8 +64,8 @@ log = get_logger("stampline.projector")
 class _Partition:
     consumer: BatchConsumer
     feed_offset: int
+    mirror: Mirror
     allowance: Allowance
-    mirrored_at: float = 0.0
     #: Sends dead letters; most partitions never have one.
     letters: Writer | None = None
 
@@ -76,10 +76,14 @@ class Projector:
     def __init__(self, settings: Settings, manager: PostgresConnectionManager, *, transactions: bool) -> None:
         self._settings = settings
         self._idempotent = transactions
-        self._writer = ProjectionWriter(manager, owner=f"{socket.gethostname()}-{os.getpid()}")
+        owner = node_name()
+        self._writer = ProjectionWriter(manager, owner=owner)
+        self._heartbeat = Heartbeat(manager, owner, self._find_pulses)
         self._partitions: dict[TP, _Partition] = {}
         # Not in the partitions: one that stopped is opened again and again, and must not earn anything by that.
         self._allowances: dict[TP, Allowance] = {}
+        #: Those whose last batch has failed.
+        self._failing: set[TP] = set()
 
     async def open(self, tp: TP, consumer: BatchConsumer) -> int:
         """Start at the watermark; see `pipeline.lanes.Role`."""
@@ -91,11 +95,22 @@ class Projector:
                 "the topic was made anew, or this is the database of another broker. "
                 "Start with an empty database (POSTGRES_DB), or with the broker that belongs to it"
             )
-        self._partitions[tp] = _Partition(consumer, feed_offset, self._allowances.setdefault(tp, Allowance()))
+        self._partitions[tp] = _Partition(
+            consumer, feed_offset, Mirror(consumer, tp), self._allowances.setdefault(tp, Allowance())
+        )
+        self._heartbeat.start()
         return max(feed_offset, log_range.begin)
 
     async def process(self, batch: Batch) -> None:
         """Project one batch."""
+        try:
+            await self._project(batch)
+        except BaseException:
+            self._failing.add(batch.tp)
+            raise
+        self._failing.discard(batch.tp)
+
+    async def _project(self, batch: Batch) -> None:
         started = time.perf_counter()
         partition = self._partitions[batch.tp]
         changes = decode_feed(batch.records)
@@ -117,9 +132,7 @@ class Projector:
             write_ms=round(result.milliseconds, 2),
             duration_ms=round((time.perf_counter() - started) * 1000, 2),
         )
-        if started - partition.mirrored_at > _MIRROR_SECONDS:
-            partition.mirrored_at = started
-            await _mirror(partition, batch.tp)
+        await partition.mirror.show(partition.feed_offset)
 
     async def _sift(self, partition: _Partition, batch: Batch, error: str) -> Sifted:
         """Find out which records are refused, without a trace."""
@@ -163,12 +176,20 @@ class Projector:
     async def close(self, tp: TP) -> None:
         """Let go of a partition; see `pipeline.lanes.Role`."""
         partition = self._partitions.pop(tp, None)
-        if partition is not None and partition.letters is not None:
-            await partition.letters.aclose()
+        try:
+            if not self._partitions:
+                await self._heartbeat.stop()
+        finally:
+            if partition is not None and partition.letters is not None:
+                await partition.letters.aclose()
+
+    async def _find_pulses(self) -> list[Pulse]:
+        return await find_pulses(PROJECTIONS, self._partitions, self._failing)
 
     def retain(self, tps: Iterable[TP]) -> None:
         """Forget what partitions that went to others had refused; see `pipeline.lanes.Role`."""
         kept = set(tps)
+        self._failing &= kept
         self._allowances = {tp: allowance for tp, allowance in self._allowances.items() if tp in kept}
 
 
@@ -176,24 +197,24 @@ async def _commit_nothing(_offsets: Mapping[TP, int]) -> None:
     """Leave the offsets alone: the position of the projector is its watermark."""
 
 
-async def _mirror(partition: _Partition, tp: TP) -> None:
-    try:
-        await partition.consumer.commit_offsets({tp: partition.feed_offset})
-    except StamplineError as exc:
-        log.debug("position_not_mirrored", partition=tp.partition, error=str(exc))
-
-
 def create_app(
     settings: Settings, manager: PostgresConnectionManager, *, transactions: bool, web: WebPlace | None = None
 ) -> RoleApp:
     """Return the projector's Faust app; the caller opens and closes the connections."""
     projector = Projector(settings, manager, transactions=transactions)
-    app = RoleApp(APP_ID, settings, projector, transactions=transactions, web=web)
+    letters = LetterProjector(manager)
+    role = ByTopic({topic_name(settings, FILES_CHANGELOG): projector, topic_name(settings, DEAD_LETTERS): letters})
+    app = RoleApp(APP_ID, settings, role, transactions=transactions, web=web)
 
     @app.agent(app.batches(FILES_CHANGELOG), name="projector")
     async def project_changes(batches: StreamT[Batch]) -> None:
         async for batch in batches:
             batch.start(projector.process)
+
+    @app.agent(app.batches(DEAD_LETTERS), name="dead-letters")
+    async def project_letters(batches: StreamT[Batch]) -> None:
+        async for batch in batches:
+            batch.start(letters.process)
 
     return app
 

@@ -5,10 +5,11 @@
 /health/live    200: the process answers, there is no need to end it
 /health/ready   what each partition of each role is doing; 503 until all of them are live
 /health/startup 503 until the node was ready for the first time, 200 for ever after
+/metrics        what the node has counted, as text for Prometheus (`pipeline/metrics.py`)
 =============== ==================================================================================================
 
 Nothing is asked for a page: it tells what the node's own work has met. So a page never hangs, and a database that went
-away is known with the next batch. Imports nothing of ours but the names of states and errors.
+away is known with the next batch. Imports nothing of ours but the names of states, errors and partitions.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from aiohttp.web import Request, Response, UrlDispatcher, json_response
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
 from pipeline.breaker import State
 from pipeline.errors import ServiceUnavailable, StamplineError
+from pipeline.lanes import Label
 
 Level: TypeAlias = Literal["healthy", "degraded", "unhealthy"]
 
@@ -31,7 +34,7 @@ _DATABASE_LEVELS: dict[State, Level] = {"closed": "healthy", "half_open": "degra
 class RoleState:
     """One role of a node: what its partitions are doing, and what Kafka was to it."""
 
-    partitions: Mapping[int, str]
+    partitions: Mapping[Label, str]
     #: Joined its group, and all partitions that it was given are live.
     ready: bool
     #: The group's coordinator is known and has told which partitions are ours.
@@ -97,9 +100,16 @@ def readiness(state: NodeState) -> dict[str, Any]:
     }
 
 
-def _by_text(statuses: Mapping[int, str]) -> dict[str, str]:
+def _by_text(statuses: Mapping[Label, str] | Mapping[int, str]) -> dict[str, str]:
     """Return a status by partition as JSON has it: keys are text."""
-    return {str(partition): status for partition, status in sorted(statuses.items())}
+    labels = {str(label): status for label, status in statuses.items()}
+    return {label: labels[label] for label in sorted(labels, key=label_order)}
+
+
+def label_order(label: str) -> tuple[str, int]:
+    """Return what labels of partitions are sorted by: the main topic, which has no name, before all others."""
+    topic, _, number = label.rpartition("/")
+    return topic, int(number)
 
 
 def has_failed(status: str) -> bool:
@@ -129,3 +139,12 @@ def add_pages(router: UrlDispatcher, look: Callable[[], NodeState]) -> None:
     router.add_get("/health/live", show_live)
     router.add_get("/health/ready", show_ready)
     router.add_get("/health/startup", show_startup)
+
+
+def add_metrics_page(router: UrlDispatcher, registry: CollectorRegistry) -> None:
+    """Add `/metrics` to a web application that has not started yet."""
+
+    async def show_metrics(_request: Request) -> Response:
+        return Response(body=generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    router.add_get("/metrics", show_metrics)

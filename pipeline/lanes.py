@@ -12,18 +12,22 @@ import asyncio
 import random
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, Final, Protocol, runtime_checkable
+from typing import Any, Final, Protocol, TypeAlias, runtime_checkable
 
 from faust.types import TP
 
 from pipeline.errors import BatchAborted, PartitionFenced, PositionLost, StamplineError, WorkCancelled
 from pipeline.logs import get_logger
 from pipeline.settings import Settings
+from pipeline.topics import topic_name
 
 log = get_logger("stampline.lanes")
 
 _BACKOFF_BASE_SECONDS: Final = 0.05
 _BACKOFF_CAP_SECONDS: Final = 5.0
+
+#: What people call a partition of a role: its number, or `TOPIC/NUMBER` where it is not of the role's main topic.
+Label: TypeAlias = int | str
 
 
 class Role(Protocol):
@@ -55,6 +59,28 @@ class Follower(Role, Protocol):
 
     def copies(self) -> Mapping[int, str]:
         """Return what the copy of each followed partition is doing, by partition number."""
+
+
+@runtime_checkable
+class SeveralTopics(Role, Protocol):
+    """A role that reads several topics; a role that does not say so reads one."""
+
+    @property
+    def main_topic(self) -> str:
+        """The topic, with its prefix, whose partitions are called by their numbers alone."""
+
+
+def label(settings: Settings, main_topic: str | None, tp: TP) -> Label:
+    """Return what people call a partition.
+
+    Args:
+        settings: the prefix of the topics, which is left out.
+        main_topic: the role's main topic; None = it reads one.
+        tp: the partition.
+    """
+    if main_topic in {None, tp.topic}:
+        return tp.partition
+    return f"{tp.topic.removeprefix(topic_name(settings, ''))}/{tp.partition}"
 
 
 class Batch:
@@ -289,6 +315,7 @@ class Lanes:
     def __init__(self, role: Role, consumer: _Deliverer, settings: Settings) -> None:
         self._role = role
         self._follower = role if isinstance(role, Follower) else None
+        self._main_topic = role.main_topic if isinstance(role, SeveralTopics) else None
         self._consumer = consumer
         self._settings = settings
         self._lanes: dict[TP, Lane] = {}
@@ -308,7 +335,7 @@ class Lanes:
         if self._follower is not None:
             self._follower.follow(standbys)
         self._assigned = True
-        log.info("partitions_assigned", partitions=sorted(tp.partition for tp in tps))
+        log.info("partitions_assigned", partitions=[self._label(tp) for tp in self._in_order(tps)])
         for tp in sorted(tps):
             self._lanes[tp] = Lane(tp, self._role, self._consumer, self._settings, self._note_live)
 
@@ -377,9 +404,15 @@ class Lanes:
         """Whether a lane has ended though nobody asked it to."""
         return any(lane.ended for lane in self._lanes.values())
 
-    def status(self) -> dict[int, str]:
-        """What each partition is doing, by partition number."""
-        return {tp.partition: lane.status for tp, lane in self._lanes.items()}
+    def status(self) -> dict[Label, str]:
+        """What each partition is doing, by label; those of the main topic come first."""
+        return {self._label(tp): self._lanes[tp].status for tp in self._in_order(self._lanes)}
+
+    def _label(self, tp: TP) -> Label:
+        return label(self._settings, self._main_topic, tp)
+
+    def _in_order(self, tps: Iterable[TP]) -> list[TP]:
+        return sorted(tps, key=lambda tp: (tp.topic != self._main_topic, tp))
 
 
 class _WithRoom:

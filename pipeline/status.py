@@ -8,37 +8,55 @@ and whoever answers has to be the one that the group knows.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import aiohttp
 import msgspec
 from aiokafka import TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.coordinator.protocol import ConsumerProtocolMemberAssignment, ConsumerProtocolMemberMetadata
+from faust.types import TP
 from yarl import URL
 
-from agents import hasher, projector, reducer
+from agents import hasher, projector, reducer, retry
 from pipeline.errors import StamplineError
 from pipeline.health import has_failed
+from pipeline.lanes import Label, label
 from pipeline.logreader import LogReader
 from pipeline.postgres import PostgresConnectionManager
 from pipeline.settings import Settings
-from pipeline.topics import FILE_EVENTS, FILE_STAMPS, FILES_CHANGELOG, admin_client, require_topics, topic_name
+from pipeline.topics import (
+    DEAD_LETTERS,
+    FILE_EVENTS,
+    FILE_STAMPS,
+    FILES_CHANGELOG,
+    RETRY,
+    admin_client,
+    require_topics,
+    topic_name,
+)
 from projections.queries import query
 
-#: The group of each role, and the topic whose partitions it shares out.
+#: The group of each role, and the topics whose partitions it shares out, the main one first.
 _GROUPS: Final = {
-    "hasher": (hasher.APP_ID, FILE_EVENTS),
-    "reducer": (reducer.APP_ID, FILE_STAMPS),
-    "projector": (projector.APP_ID, FILES_CHANGELOG),
+    "hasher": (hasher.APP_ID, (FILE_EVENTS,)),
+    "reducer": (reducer.APP_ID, (FILE_STAMPS,)),
+    "retry": (retry.APP_ID, (RETRY,)),
+    "projector": (projector.APP_ID, (FILES_CHANGELOG, DEAD_LETTERS)),
 }
 #: Longest the broker may take to describe the groups, and a node to answer, in s.
 _DESCRIBE_SECONDS: Final = 5.0
 _ANSWER_SECONDS: Final = 2.0
+#: So few offsets that are not visible are looked at.
+_COUNTED_MAX: Final = 100
 #: What is shown of a partition whose node gives no answer.
 _UNREACHABLE: Final = "not reachable"
+
+
+# The label of a partition as a key of JSON (`pipeline.lanes.Label`).
+_Label = Annotated[str, msgspec.Meta(pattern=r"^([A-Za-z0-9._-]{1,249}/)?[0-9]{1,9}$")]
 
 
 class _Metadata(msgspec.Struct):
@@ -52,7 +70,7 @@ class _Answer(msgspec.Struct):
 
     ready: bool
     node: str
-    roles: dict[Literal["hasher", "reducer", "projector"], dict[int, str]]
+    roles: dict[Literal["hasher", "reducer", "retry", "projector"], dict[_Label, str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +78,8 @@ class PartitionStatus:
     """How far one partition has come.
 
     `events_end` is the offset after the newest event; `hashed` and `visible` are the next input offsets of the hasher
-    and of the projections; `behind` is how many offsets are not visible yet. The reducer counts stamps:
-    `stamps_end` and `reduced`.
+    and of the projections; `behind` is how many events are not visible yet (where that is many: how many offsets, so
+    markers of transactions too). The reducer counts stamps: `stamps_end` and `reduced`.
     """
 
     partition: int
@@ -130,17 +148,17 @@ async def _read_partitions(settings: Settings, visible: dict[int, int]) -> list[
     async with admin_client(settings) as client:
         hashed = await _committed(client, topic_name(settings, hasher.APP_ID), events, count)
         reduced = await _committed(client, topic_name(settings, reducer.APP_ID), stamps, count)
-    events_ends = await asyncio.gather(*(_end(settings, events, partition) for partition in range(count)))
+    ends = await asyncio.gather(*(_look(settings, events, number, visible.get(number, 0)) for number in range(count)))
     stamps_ends = await asyncio.gather(*(_end(settings, stamps, partition) for partition in range(count)))
     return [
         PartitionStatus(
             partition=partition,
-            events_end=events_ends[partition],
+            events_end=ends[partition][0],
             hashed=hashed.get(partition, 0),
             stamps_end=stamps_ends[partition],
             reduced=reduced.get(partition, 0),
             visible=visible.get(partition, 0),
-            behind=max(0, events_ends[partition] - visible.get(partition, 0)),
+            behind=ends[partition][1],
         )
         for partition in range(count)
     ]
@@ -153,6 +171,16 @@ async def _committed(client: AIOKafkaAdminClient, group: str, topic: str, partit
     return {tp.partition: int(found.offset) for tp, found in offsets.items() if found.offset >= 0}
 
 
+async def _look(settings: Settings, topic: str, partition: int, visible: int) -> tuple[int, int]:
+    """Return the end of a log, and how many of its events are not visible yet."""
+    async with LogReader(settings, topic, partition) as reader:
+        end = await reader.find_end()
+        if not 0 < end - visible <= _COUNTED_MAX:
+            return end, max(0, end - visible)
+        # What the retry role has sent last ends with a marker, which will never be visible.
+        return end, sum([len(records) async for records in reader.read(visible, end)])
+
+
 async def _end(settings: Settings, topic: str, partition: int) -> int:
     async with LogReader(settings, topic, partition) as reader:
         return await reader.find_end()
@@ -160,13 +188,13 @@ async def _end(settings: Settings, topic: str, partition: int) -> int:
 
 async def read_nodes(settings: Settings) -> list[NodeStatus]:
     """Find the nodes and ask them; as many as can be found, for not every broker describes its groups."""
-    found: dict[URL, dict[str, list[int]]] = {}
+    found: dict[URL, dict[str, list[Label]]] = {}
     try:
         async with asyncio.timeout(_DESCRIBE_SECONDS), admin_client(settings) as client:
-            for role, (app_id, topic) in _GROUPS.items():
+            for role, (app_id, topics) in _GROUPS.items():
                 # One by one: aiokafka reads the answer for several groups of one broker wrong.
                 [response] = await client.describe_consumer_groups([topic_name(settings, app_id)])
-                for url, partitions in read_members(response, topic_name(settings, topic)):
+                for url, partitions in read_members(settings, response, topics):
                     found.setdefault(url, {})[role] = partitions
     except (StamplineError, TimeoutError, ValueError):
         pass  # What was found until then is all there is to tell.
@@ -174,8 +202,15 @@ async def read_nodes(settings: Settings) -> list[NodeStatus]:
         return list(await asyncio.gather(*(ask(session, url, roles) for url, roles in sorted(found.items()))))
 
 
-def read_members(response: Any, topic: str) -> list[tuple[URL, list[int]]]:
-    """Return the address and the partitions of each member of the described group, whose metadata can be read."""
+def read_members(settings: Settings, response: Any, topics: Sequence[str]) -> list[tuple[URL, list[Label]]]:
+    """Return the address and the partitions of each member of the described group, whose metadata can be read.
+
+    Args:
+        settings: the prefix of the topics.
+        response: the broker's description of the group.
+        topics: the topics whose partitions the group shares out, the main one first.
+    """
+    names = [topic_name(settings, topic) for topic in topics]
     found = []
     for group in response.groups:
         for _member_id, _client_id, _host, metadata, assignment in group[5]:
@@ -185,11 +220,13 @@ def read_members(response: Any, topic: str) -> list[tuple[URL, list[int]]]:
                 given = ConsumerProtocolMemberAssignment.decode(assignment).assignment if assignment else []
             except (ValueError, TypeError, msgspec.MsgspecError):
                 continue  # A member that is about to join has none yet; or the group is not one of ours.
-            found.append((url, sorted(number for name, numbers in given if name == topic for number in numbers)))
+            assigned = {topic: sorted(numbers) for topic, numbers in given}
+            tps = [TP(name, number) for name in names for number in assigned.get(name, ())]
+            found.append((url, [label(settings, names[0], tp) for tp in tps]))
     return found
 
 
-async def ask(session: aiohttp.ClientSession, url: URL, given: Mapping[str, list[int]]) -> NodeStatus:
+async def ask(session: aiohttp.ClientSession, url: URL, given: Mapping[str, Sequence[Label]]) -> NodeStatus:
     """Ask a node. One on another host cannot be asked, and its address may be another node's on this one."""
     node, web = url.user or "", f"http://{url.host}:{url.port}"
     # Nothing but our own addresses: anybody could have put another one into a group.
@@ -205,5 +242,5 @@ async def ask(session: aiohttp.ClientSession, url: URL, given: Mapping[str, list
     return NodeStatus(node, web, None, _by_name(unknown))
 
 
-def _by_name(roles: Mapping[Any, Mapping[int, str]]) -> dict[str, dict[str, str]]:
-    return {role: {str(number): said for number, said in partitions.items()} for role, partitions in roles.items()}
+def _by_name(roles: Mapping[Any, Mapping[Any, str]]) -> dict[str, dict[str, str]]:
+    return {role: {str(label): said for label, said in partitions.items()} for role, partitions in roles.items()}

@@ -2,7 +2,8 @@
 
 Start reading here: a node is a few Faust apps (one for each role, `agents/`) on the batch transport
 (`pipeline/transport.py`). The hasher turns file events into stamps, the reducer folds stamps into table `files`
-(`tables/`), the projector writes the table's changelog to PostgreSQL (`projections/`).
+(`tables/`), the retry role sends in again what came too early, the projector writes the table's changelog to
+PostgreSQL (`projections/`).
 """
 
 from __future__ import annotations
@@ -20,21 +21,23 @@ from typing import Any, Final, cast
 
 from faust.web.drivers.aiohttp import Web
 
-from agents import hasher, projector, reducer
+from agents import hasher, projector, reducer, retry
 from migrations import run as migrations
 from pipeline import logs
 from pipeline.app import RoleApp, WebPlace, bind_web_socket, node_name
 from pipeline.breaker import DatabaseCircuitBreaker
 from pipeline.errors import StamplineError
 from pipeline.hashing import FileHasher
-from pipeline.health import NodeState, RoleState, add_pages
+from pipeline.health import NodeState, RoleState, add_metrics_page, add_pages
+from pipeline.lanes import Label
 from pipeline.logs import get_logger
+from pipeline.metrics import Metrics, make_registry
 from pipeline.postgres import PostgresConnectionManager, tls_context
 from pipeline.settings import Settings
 from pipeline.topics import has_transactions, require_topics
 from tables.kinds import stores
 
-ROLES: Final = ("hasher", "reducer", "projector")
+ROLES: Final = ("hasher", "reducer", "retry", "projector")
 
 #: Longest a process takes to end once it is told to, in s.
 STOP_SECONDS: Final = 10.0
@@ -84,7 +87,7 @@ class Node:
             self._started = True
             log.info("node_ready", roles=list(self.apps), seconds=round(time.monotonic() - self._began, 3))
 
-    def status(self) -> dict[str, dict[int, str]]:
+    def status(self) -> dict[str, dict[Label, str]]:
         """Return what each partition of each role is doing."""
         return {role: app.batch_consumer.lanes.status() for role, app in self.apps.items()}
 
@@ -149,16 +152,20 @@ async def run_node(settings: Settings, roles: Sequence[str], *, transactions: bo
     async with AsyncExitStack() as stack:
         create: dict[str, Callable[..., RoleApp]] = {}
         breaker: DatabaseCircuitBreaker | None = None
+        metrics = Metrics()
         for role in roles:
             if role == "hasher":
                 create[role] = partial(hasher.create_app, settings, stack.enter_context(FileHasher(settings)))
             elif role == "reducer":
-                create[role] = partial(reducer.create_app, settings, stack.enter_context(stores(settings)))
+                open_store = stack.enter_context(stores(settings))
+                create[role] = partial(reducer.create_app, settings, open_store, metrics=metrics)
+            elif role == "retry":
+                create[role] = partial(retry.create_app, settings, metrics=metrics)
             else:
                 manager = await stack.enter_async_context(PostgresConnectionManager(settings))
                 breaker = manager.breaker
                 create[role] = partial(projector.create_app, settings, manager)
-        node = _create_node(create, breaker, transactions=transactions)
+        node = _create_node(create, breaker, metrics, transactions=transactions)
         for app in node.apps.values():
             stack.callback(app.release)
             stack.push_async_callback(app.stop)
@@ -175,7 +182,11 @@ async def _start(apps: Iterable[RoleApp]) -> None:
 
 
 def _create_node(
-    create: dict[str, Callable[..., RoleApp]], breaker: DatabaseCircuitBreaker | None, *, transactions: bool
+    create: dict[str, Callable[..., RoleApp]],
+    breaker: DatabaseCircuitBreaker | None,
+    metrics: Metrics,
+    *,
+    transactions: bool,
 ) -> Node:
     """Make the apps, with one web view for all of them: that of the reducer, which has a table to show, if it is here.
 
@@ -188,7 +199,9 @@ def _create_node(
         for role, make in create.items()
     }
     node = Node(apps, f"http://127.0.0.1:{web_socket.getsockname()[1]}", breaker)
-    add_pages(cast("Web", apps[server].web).web_app.router, node.look)
+    router = cast("Web", apps[server].web).web_app.router
+    add_pages(router, node.look)
+    add_metrics_page(router, make_registry(metrics))
     return node
 
 

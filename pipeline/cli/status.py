@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from pipeline.cli.output import print_json, print_table
+from pipeline.health import label_order
 from pipeline.settings import load_settings
 from pipeline.status import NodeStatus, read_status
 from pipeline.worker import ROLES
@@ -40,9 +41,9 @@ def command(*, as_json: bool) -> int:
 def _rows(nodes: Sequence[NodeStatus]) -> list[dict[str, Any]]:
     """Return a row for each partition of each role, in the order of the road."""
     rows = [
-        {"role": role, "partition": int(partition), "is": said, "node": node.node, "web": node.web}
+        {"role": role, "partition": partition, "is": said, "node": node.node, "web": node.web}
         for node in nodes
         for role, partitions in node.roles.items()
         for partition, said in partitions.items()
     ]
-    return sorted(rows, key=lambda row: (ROLES.index(row["role"]), row["partition"]))
+    return sorted(rows, key=lambda row: (ROLES.index(row["role"]), label_order(row["partition"])))

@@ -24,9 +24,11 @@ from tests.fix_services import MakeSettings, SharedServices
 
 pytestmark = pytest.mark.integration
 
-ROLES = ("hasher", "reducer", "projector")
+ROLES = ("hasher", "reducer", "retry", "projector")
 PARTITIONS = [str(number) for number in range(4)]
 ALL_LIVE = dict.fromkeys(PARTITIONS, "live")
+#: What the projector says: it reads the dead letters too.
+PROJECTOR_LIVE = ALL_LIVE | {f"file-events-dlq/{number}": "live" for number in PARTITIONS}
 
 
 def find_web(node: NodeProcess) -> str | None:
@@ -107,7 +109,8 @@ async def test_a_node_tells_when_it_is_ready(road: Road) -> None:
     _, ready = await ask(web, "/ready")
     code, health = await ask(web)
 
-    assert ready == {"ready": True, "node": name(node), "roles": dict.fromkeys(ROLES, ALL_LIVE), "standbys": {}}
+    roles = {"hasher": ALL_LIVE, "reducer": ALL_LIVE, "retry": ALL_LIVE, "projector": PROJECTOR_LIVE}
+    assert ready == {"ready": True, "node": name(node), "roles": roles, "standbys": {}}
     assert code == 200
     assert health.pop("uptime_seconds") >= 0
     assert health == {
@@ -132,7 +135,7 @@ async def test_status_shows_the_nodes(road: Road, services: SharedServices) -> N
     assert code == 0
     assert len(set(webs)) == 2
     assert {who: (node["web"], node["ready"], node["roles"]) for who, node in found.items()} == {
-        name(nodes[0]): (webs[0], True, {"hasher": ALL_LIVE, "projector": ALL_LIVE}),
+        name(nodes[0]): (webs[0], True, {"hasher": ALL_LIVE, "projector": PROJECTOR_LIVE}),
         name(nodes[1]): (webs[1], True, {"reducer": ALL_LIVE}),
     }
     assert [line.split() for line in table.splitlines() if line.startswith("reducer")] == [
@@ -170,8 +173,9 @@ async def test_postgres_away_and_back(road: Road, proxy: TcpProxy, services: Sha
 
     async def told_why() -> bool:
         code, answer = await ask(web, "/ready")
-        partitions = answer["roles"]["projector"].values()
-        return code == 503 and all("PostgreSQL at" in said for said in partitions)
+        # Where no dead letter comes, nothing has failed.
+        partitions = answer["roles"]["projector"]
+        return code == 503 and all("PostgreSQL at" in partitions[number] for number in PARTITIONS)
 
     await road.until(unhealthy)
     await road.until(told_why)

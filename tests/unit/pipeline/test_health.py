@@ -19,6 +19,7 @@ from yarl import URL
 from pipeline.breaker import State
 from pipeline.errors import PositionLost, ServiceUnavailable, StamplineError
 from pipeline.health import NodeState, RoleState, add_pages, has_failed, health, readiness
+from pipeline.settings import Settings
 from pipeline.status import NodeStatus, Status, ask, read_members
 from tests.lane_fakes import A, B, FakeConsumer, failing, make_consumer, until, waiting
 
@@ -106,6 +107,13 @@ def test_readiness_tells_each_partition() -> None:
         "standbys": {},
     }
     assert list(readiness(state)["roles"]["hasher"]) == ["0", "1"]
+
+
+def test_readiness_tells_the_partitions_of_every_topic() -> None:
+    """Those of the main topic by number alone and first, those of further topics by topic and number."""
+    role = RoleState({10: "live", "dlq/10": "live", "dlq/9": "opening", 9: "live"}, ready=False, reaches_kafka=True)
+
+    assert list(readiness(make_state(projector=role))["roles"]["projector"]) == ["9", "10", "dlq/9", "dlq/10"]
 
 
 @pytest.mark.parametrize(
@@ -203,13 +211,18 @@ def metadata(url: str) -> bytes:
 
 
 def test_members_are_read_from_the_description_of_a_group() -> None:
-    """The address is in Faust's metadata; of the partitions only those of the role's own topic count."""
-    given = [("file-stamps", [2, 0]), ("changelog", [0, 1, 2, 3])]
+    """The address is in Faust's metadata; of the partitions only those of the role's own topics count, and those that
+    are not of its main topic are called by their topic too, without the prefix.
+    """
+    given = [("t-dlq", [1, 0]), ("t-file-stamps", [2, 0]), ("changelog", [0, 1, 2, 3])]
     assignment = ConsumerProtocolMemberAssignment(3, given, b"").encode()
+    response = described((metadata("http://host@127.0.0.1:6067"), assignment))
+    settings = Settings(kafka_topic_prefix="t-")
 
-    found = read_members(described((metadata("http://host@127.0.0.1:6067"), assignment)), "file-stamps")
-
-    assert found == [(URL("http://host@127.0.0.1:6067"), [0, 2])]
+    assert read_members(settings, response, ["file-stamps"]) == [(URL("http://host@127.0.0.1:6067"), [0, 2])]
+    assert read_members(settings, response, ["file-stamps", "dlq"]) == [
+        (URL("http://host@127.0.0.1:6067"), [0, 2, "dlq/0", "dlq/1"])
+    ]
 
 
 @pytest.mark.parametrize(
@@ -224,9 +237,9 @@ def test_members_are_read_from_the_description_of_a_group() -> None:
 )
 def test_members_that_cannot_be_read_are_left_out(said: bytes) -> None:
     """One that is about to join, a broker that does not tell, another program's group: none is an error."""
-    assert read_members(described((said, b""), (metadata("http://h@127.0.0.1:1"), b"")), "file-stamps") == [
-        (URL("http://h@127.0.0.1:1"), [])
-    ]
+    response = described((said, b""), (metadata("http://h@127.0.0.1:1"), b""))
+
+    assert read_members(Settings(), response, ["file-stamps"]) == [(URL("http://h@127.0.0.1:1"), [])]
 
 
 @pytest.mark.parametrize(
@@ -235,6 +248,8 @@ def test_members_that_cannot_be_read_are_left_out(said: bytes) -> None:
         ({"ready": True, "node": "host-7", "roles": {"reducer": {"0": "live"}}}, True),
         ({"ready": True, "node": "host-8", "roles": {"reducer": {"0": "live"}}}, False),
         ({"ready": True, "node": "host-7", "roles": {"baker": {"zero": 1}}}, False),
+        ({"ready": True, "node": "host-7", "roles": {"reducer": {"zero": "live"}}}, False),
+        ({"ready": True, "node": "host-7", "roles": {"reducer": {"dlq/0": "live", "0": "live"}}}, True),
         ({"files": []}, False),
     ],
 )
@@ -251,7 +266,7 @@ async def test_only_the_node_itself_is_believed(body: dict[str, Any], node: bool
 
     unknown = {"reducer": {"0": "not reachable", "2": "not reachable"}}
     assert found.node == "host-7"
-    assert (found.ready, found.roles) == ((True, {"reducer": {"0": "live"}}) if node else (None, unknown))
+    assert (found.ready, found.roles) == ((True, body["roles"]) if node else (None, unknown))
 
 
 @pytest.mark.parametrize("url", ["http://host-7@127.0.0.1:1", "http://host-7@example.invalid:80", "host-7", ""])

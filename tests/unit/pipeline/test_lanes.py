@@ -6,9 +6,13 @@ import asyncio
 import random
 
 import pytest
+from faust.types import TP
+from structlog.testing import capture_logs
 
 from pipeline import lanes as lanes_module
 from pipeline.errors import BatchAborted, PartitionFenced, PositionLost, ServiceUnavailable
+from pipeline.lanes import Lanes
+from pipeline.settings import Settings
 from tests.lane_fakes import (
     BYTES_MAX,
     RECORDS_MAX,
@@ -152,6 +156,22 @@ async def test_a_partition_that_fails_says_why_and_stops_no_other(consumer: Fake
     gate.set()
     await until(lambda: consumer.lanes.ready)
     assert consumer.lanes.status() == {0: "live", 1: "live"}
+
+
+async def test_the_partitions_of_several_topics_are_told_apart() -> None:
+    """Those of the main topic by their number alone and first, the others by their topic too, without the prefix."""
+    consumer = make_consumer(kafka_topic_prefix="t-")
+    consumer.role.main_topic = "t-changelog"  # type: ignore[attr-defined] # what makes it a role of several topics
+    lanes = Lanes(consumer.role, consumer, Settings(kafka_topic_prefix="t-"))
+    tps = {TP("t-changelog", 1), TP("t-a-letters", 1), TP("t-changelog", 0)}
+    for tp in tps:
+        consumer.role.opening[tp].append(waiting(asyncio.Event()))
+    with capture_logs() as logs:
+        lanes.assign(tps)
+
+    assert list(lanes.status().items()) == [(0, "opening"), (1, "opening"), ("a-letters/1", "opening")]
+    assert logs[0]["partitions"] == [0, 1, "a-letters/1"]
+    await lanes.aclose()
 
 
 async def test_a_fenced_partition_says_so(consumer: FakeConsumer) -> None:
