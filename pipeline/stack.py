@@ -83,7 +83,7 @@ async def run_stack(
         await asyncio.to_thread(migrations.upgrade, settings.postgres_url, tls=tls_context(settings))
         transactions = await check_services(settings, ROLES)
         logs.configure(settings)
-        say("starting hasher, reducer and projector")
+        say("starting hasher, reducer, retry and projector")
         async with run_node(settings, ROLES, transactions=transactions) as node:
             await node.wait_until_ready()
             own_services = services if own_broker or own_database else None

@@ -113,7 +113,8 @@ class Road:
 
         async def reached() -> bool:
             rows = await self.fetch(
-                'SELECT "partition", min(input_offset) AS at FROM projection_watermarks GROUP BY "partition"'
+                'SELECT "partition", min(input_offset) AS at FROM projection_watermarks '
+                'WHERE input_offset IS NOT NULL GROUP BY "partition"'
             )
             marks = {row["partition"]: row["at"] for row in rows}
             return all(marks.get(partition, 0) >= offset for partition, offset in wanted.items())

@@ -19,12 +19,16 @@ from pipeline.errors import StamplineError
 _COMMANDS: Final = {
     "bench": "pipeline.cli.bench",
     "demo": "pipeline.cli.demo",
+    "dlq": "pipeline.cli.dlq",
+    "lag": "pipeline.cli.lag",
     "migrate": "pipeline.cli.migrate",
+    "projections": "pipeline.cli.projections",
     "scan": "pipeline.cli.scan",
     "status": "pipeline.cli.status",
     "topics": "pipeline.cli.topics",
     "up": "pipeline.cli.up",
     "verify": "pipeline.cli.verify",
+    "wait": "pipeline.cli.wait",
     "worker": "pipeline.cli.worker",
 }
 

@@ -17,8 +17,8 @@ from pipeline.verify import all_faults, verify
 @click.option("--json", "as_json", is_flag=True, help="One JSON object with every partition.")
 def command(*, as_json: bool) -> int:
     """Compare the log, the table and PostgreSQL; exit code 3 if they do not agree. Works on a running system."""
-    reports = asyncio.run(verify(load_settings()))
-    faults = all_faults(reports)
+    found = asyncio.run(verify(load_settings()))
+    reports, faults = found.partitions, all_faults(found)
     if as_json:
         print_json({"verify": "; ".join(faults) or "ok", "partitions": [asdict(report) for report in reports]})
     else:
@@ -37,4 +37,6 @@ def command(*, as_json: bool) -> int:
                 for report in reports
             ]
         )
+        for fault in found.faults:
+            click.echo(fault)
     return 3 if faults else 0

@@ -190,7 +190,10 @@ class Stage:
 
     async def look(self) -> None:
         """Keep `visible` up to date, as far as the database can be asked."""
-        query = 'SELECT "partition", min(input_offset) AS at FROM projection_watermarks GROUP BY "partition"'
+        query = (
+            'SELECT "partition", min(input_offset) AS at FROM projection_watermarks '
+            'WHERE input_offset IS NOT NULL GROUP BY "partition"'
+        )
         while True:
             with suppress(
                 OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError

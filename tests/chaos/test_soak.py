@@ -334,10 +334,10 @@ async def run(folder: Path, plan: Plan) -> None:
                 f"all was visible {behind:.1f} s after the last one\n"
             )
             tell([head, *found.describe()])
-            reports = await verify(settings)
+            verification = await verify(settings)
 
-    assert all_faults(reports) == []
-    assert sum(report.outcomes["committed"] for report in reports) == producer.events
+    assert all_faults(verification) == []
+    assert sum(report.outcomes["committed"] for report in verification.partitions) == producer.events
     assert codes == dict.fromkeys(ROLES, 0)
     assert list(found.find_growth(plan)) == []
 

@@ -321,7 +321,7 @@ async def test_status_shows_how_far_each_partition_has_come(road: Road) -> None:
     assert "does not answer" in away.stdout
 
 
-@pytest.mark.parametrize("role", ["hasher", "reducer", "projector"])
+@pytest.mark.parametrize("role", ["hasher", "reducer", "retry", "projector"])
 async def test_each_role_is_a_module_of_its_own(road: Road, role: str) -> None:
     """`python -m agents.ROLE` runs the role and drains it on SIGTERM."""
     node = road.launch(f"agents.{role}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from itertools import count
@@ -23,9 +23,10 @@ from pipeline.postgres import PostgresConnectionManager
 from pipeline.records import Record
 from pipeline.topics import DEAD_LETTERS, FILES_CHANGELOG, has_transactions, topic_name
 from pipeline.transactions import Writer
-from pipeline.transport import BatchConsumer, LogRange
+from pipeline.transport import BatchConsumer, LogRange, Reach
 from pipeline.verify import all_faults, verify
 from projections.refusals import REFUSALS_MAX
+from projections.watermarks import PROJECTIONS
 from projections.writer import ProjectionWriter
 from tests.fix_road import Road, make_events
 from tests.projection_samples import make_batch, make_commit, make_records
@@ -35,6 +36,10 @@ pytestmark = pytest.mark.integration
 NO_POISON = "ALTER TABLE stampline.{} ADD CONSTRAINT no_poison CHECK (uri NOT LIKE '%poison%')"
 NOTHING_GOES = "ALTER TABLE stampline.files ADD CONSTRAINT nothing_goes CHECK (false) NOT VALID"
 SHOWN = "SELECT uri, version, input_offset FROM files ORDER BY uri"
+TOTALS = (
+    "SELECT (SELECT sum(copies) FROM contents), (SELECT count(*) FROM files WHERE NOT deleted), "
+    "(SELECT sum(events) FROM activity), (SELECT count(*) FROM file_history)"
+)
 HISTORY = "SELECT input_offset, uri, outcome, version FROM file_history ORDER BY input_offset"
 
 
@@ -52,6 +57,10 @@ class QuietConsumer:
     async def commit_offsets(self, offsets: Mapping[TP, int]) -> None:
         """Mirror the position for nobody."""
 
+    async def reaches(self, partitions: Iterable[TP]) -> dict[TP, Reach]:
+        """Know of nothing that was fetched."""
+        return {}
+
 
 class Feed:
     """Partition 3 of a changelog that is written by hand, and the projectors that read it."""
@@ -59,6 +68,7 @@ class Feed:
     def __init__(self, road: Road, manager: PostgresConnectionManager, *, transactions: bool) -> None:
         self.road = road
         self.tp = TP(topic_name(road.settings, FILES_CHANGELOG), 3)
+        self.projectors: list[Projector] = []
         self._manager = manager
         self._transactions = transactions
 
@@ -82,6 +92,7 @@ class Feed:
     async def take_over(self) -> tuple[Projector, int]:
         """Return a new projector that owns the partition, and where it begins."""
         projector = Projector(self.road.settings, self._manager, transactions=self._transactions)
+        self.projectors.append(projector)
         return projector, await self.reopen(projector)
 
     async def reopen(self, projector: Projector) -> int:
@@ -101,7 +112,10 @@ async def feed(road: Road) -> AsyncIterator[Feed]:
     for table in ("files", "file_history"):
         await road.fetch(NO_POISON.format(table))
     async with PostgresConnectionManager(road.settings) as manager:
-        yield Feed(road, manager, transactions=await has_transactions(road.settings))
+        feed = Feed(road, manager, transactions=await has_transactions(road.settings))
+        yield feed
+        for projector in feed.projectors:
+            await projector.close(feed.tp)
 
 
 async def read_all(road: Road, name: str, partition: int) -> list[Any]:
@@ -168,19 +182,22 @@ async def test_what_postgres_refuses_is_a_dead_letter_and_the_rest_goes_on(road:
         assert "poison/" not in facts["dl-error"]
     assert projector.log.read_text().count('"dead_letter_written"') == len(poison)
 
-    assert [report.faults for report in await verify(road.settings)] == [
+    assert [report.faults for report in (await verify(road.settings)).partitions] == [
         expected_faults(poison, bad_positions, partition) for partition in range(4)
     ]
 
     assert projector.terminate() == 0
     for table in ("files", "file_history"):
         await road.fetch(f"ALTER TABLE stampline.{table} DROP CONSTRAINT no_poison")
-    await road.fetch("TRUNCATE stampline.files, stampline.file_history, stampline.watermarks")
+    tables = ", ".join(f"stampline.{name}" for name in (*PROJECTIONS, "watermarks"))
+    await road.fetch(f"TRUNCATE {tables}")
     road.start("projector")
     await road.until_visible([*positions, *bad_positions])
 
     await road.assert_exact(good + poison, [*positions, *bad_positions])
     assert all_faults(await verify(road.settings)) == []
+    [[copies, live, events, inputs]] = await road.fetch(TOTALS)
+    assert (copies, events) == (live, inputs)
 
 
 def expected_faults(poison: Sequence[FileEvent], positions: Sequence[Position], partition: int) -> list[str]:
@@ -217,7 +234,7 @@ async def test_tables_that_refuse_everything_do_not_fill_the_dead_letters(road: 
     assert max(refused.values(), default=0) <= REFUSALS_MAX
     history = await road.fetch("SELECT input_partition, input_offset FROM file_history")
     assert Counter(tuple(row) for row in history) == Counter(tuple(each) for each in positions if each not in lost)
-    faults = [report.faults for report in await verify(road.settings)]
+    faults = [report.faults for report in (await verify(road.settings)).partitions]
     assert [[fault.partition(" and are")[0] for fault in each] for each in faults] == [
         [f"{refused[partition]} changes were refused by PostgreSQL"] if refused[partition] else []
         for partition in range(4)

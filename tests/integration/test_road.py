@@ -19,7 +19,7 @@ from pipeline.kafka import partition_for
 from pipeline.logreader import LogReader
 from pipeline.scan import file_uri, scan
 from pipeline.topics import create_topics, has_transactions
-from pipeline.verify import verify
+from pipeline.verify import all_faults, verify
 from pipeline.worker import STOP_SECONDS, run_node
 from tests.fix_road import Road, make_events
 from tests.fix_services import MakeSettings
@@ -41,7 +41,7 @@ def digests_below(root: Path) -> dict[str, str]:
 
 async def assert_verified(road: Road) -> None:
     """`stampline verify` finds nothing."""
-    faults = [fault for report in await verify(road.settings) for fault in report.faults]
+    faults = all_faults(await verify(road.settings))
 
     assert faults == []
 

@@ -92,11 +92,13 @@ OURS = [
 ]  # fmt: skip
 #: What these classes have beside what they override.
 ADDED = {
-    "BatchConsumer": {"thread", "_fetch", "deliver", "log_range", "commit_offsets", "start_at", "has_namesake"},
+    "BatchConsumer": {
+        "thread", "_fetch", "deliver", "log_range", "commit_offsets", "start_at", "has_namesake", "reaches",
+    },
     "BatchConsumerThread": {
         "batch_app", "commit_offsets", "log_range", "_log_range", "coordinator_tasks", "wake", "_wake",
         "group_error", "join_again", "_join_again",
-        "start_at", "_start_at", "fetch", "_fetch",
+        "start_at", "_start_at", "fetch", "_fetch", "reaches", "_reaches",
     },
     "BatchStore": {"partition", "retain", "_answering"},
     "BatchTable": {"batch_store"},
@@ -317,6 +319,24 @@ async def test_a_waiting_fetch_can_be_woken(app: RoleApp, fetcher: Fetcher) -> N
     with pytest.raises(asyncio.CancelledError):
         await waiting
     app.batch_consumer.thread._consumer = None
+
+
+async def test_aiokafka_knows_how_far_a_partition_is_fetched(app: RoleApp, fetcher: Fetcher) -> None:
+    """Position, last stable offset and the time of the answer are there for the partitions that a fetch told of."""
+    told, untold, foreign = TP("t", 0), TP("t", 1), TP("t", 7)
+    subscription = fetcher._subscriptions
+    thread = app.batch_consumer.thread
+    thread._consumer = type("Consumer", (), {"_subscription": subscription})()
+    for tp in (told, untold):
+        assert subscription.subscription.assignment.state_value(tp).lso is None
+        subscription.seek(tp, 5)
+    state = subscription.subscription.assignment.state_value(told)
+    state.lso, state.timestamp = 8, 0
+    found = await thread._reaches([told, untold, foreign])
+
+    assert found.keys() == {told}
+    assert found[told][:3] == (5, None, 8)
+    assert found[told].age_seconds > 1e9
 
 
 def test_the_pause_between_transactions_is_ours() -> None:
