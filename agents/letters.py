@@ -18,9 +18,8 @@ from dataclasses import dataclass
 
 from faust.types import TP
 
-from agents.positions import Mirror
+from agents.positions import Mirror, require_projected
 from pipeline.app import node_name
-from pipeline.errors import PositionLost
 from pipeline.lanes import Batch
 from pipeline.logs import get_logger
 from pipeline.postgres import PostgresConnectionManager
@@ -53,12 +52,7 @@ class LetterProjector:
         """Start at the watermark; see `pipeline.lanes.Role`."""
         offset = await self._writer.open_partition(tp.partition)
         log_range = await consumer.log_range(tp)
-        if log_range.ends_before(offset):
-            raise PositionLost(
-                f"{tp.topic} partition {tp.partition} ends at {log_range.end}, but is projected up to {offset}: "
-                "the topic was made anew, or this is the database of another broker. "
-                "Start with an empty database (POSTGRES_DB), or with the broker that belongs to it"
-            )
+        require_projected(tp, log_range, offset)
         if 0 < offset < log_range.begin:
             # Nobody can bring them back, and new ones are waiting.
             log.error(

@@ -64,6 +64,20 @@ def committed_position(tp: TP, log_range: LogRange, *, done: str) -> int:
     return committed
 
 
+def require_projected(tp: TP, log_range: LogRange, offset: int) -> None:
+    """Make sure that a log reaches up to where it is projected.
+
+    Raises:
+        PositionLost: it ends before; the message says what to do.
+    """
+    if log_range.ends_before(offset):
+        raise PositionLost(
+            f"{tp.topic} partition {tp.partition} ends at {log_range.end}, but is projected up to {offset}: "
+            "the topic was made anew, or this is the database of another broker. "
+            "Start with an empty database (POSTGRES_DB), or with the broker that belongs to it"
+        )
+
+
 async def after_markers(consumer: BatchConsumer, tp: TP, next_offset: int) -> int:
     """Return the position to commit after records up to `next_offset`: past the markers that follow, if no record does.
 

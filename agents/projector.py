@@ -34,10 +34,10 @@ from faust.types import TP, StreamT
 
 from agents.bytopic import ByTopic
 from agents.letters import LetterProjector
-from agents.positions import Mirror
+from agents.positions import Mirror, require_projected
 from agents.standalone import run_role
 from pipeline.app import RoleApp, WebPlace, node_name
-from pipeline.errors import PositionLost, RowsRefused
+from pipeline.errors import RowsRefused
 from pipeline.lanes import Batch
 from pipeline.logs import get_logger
 from pipeline.postgres import PostgresConnectionManager
@@ -89,12 +89,7 @@ class Projector:
         """Start at the watermark; see `pipeline.lanes.Role`."""
         feed_offset = await self._writer.open_partition(tp.partition)
         log_range = await consumer.log_range(tp)
-        if log_range.ends_before(feed_offset):
-            raise PositionLost(
-                f"{tp.topic} partition {tp.partition} ends at {log_range.end}, but is projected up to {feed_offset}: "
-                "the topic was made anew, or this is the database of another broker. "
-                "Start with an empty database (POSTGRES_DB), or with the broker that belongs to it"
-            )
+        require_projected(tp, log_range, feed_offset)
         self._partitions[tp] = _Partition(
             consumer, feed_offset, Mirror(consumer, tp), self._allowances.setdefault(tp, Allowance())
         )

@@ -9,6 +9,9 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Final
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+
+import pytest_asyncio
 
 _CHUNK_BYTES: Final = 2**16
 
@@ -106,3 +109,21 @@ async def run_proxy(upstream: str | tuple[str, int]) -> AsyncIterator[TcpProxy]:
         yield proxy
     finally:
         await proxy.refuse()
+
+
+@pytest_asyncio.fixture
+async def proxy(database: str) -> AsyncIterator[TcpProxy]:
+    """The network between a process and this test's database; `through` leads through it."""
+    parts = urlsplit(database)
+    options = dict(parse_qsl(parts.query))
+    host, port = parts.hostname or options.get("host", "localhost"), parts.port or int(options.get("port", "5432"))
+    async with run_proxy(f"{host}/.s.PGSQL.{port}" if host.startswith("/") else (host, port)) as running:
+        yield running
+
+
+def through(dsn: str, proxy: TcpProxy) -> str:
+    """Return `dsn` with the proxy as its server."""
+    parts = urlsplit(dsn)
+    login, at, _ = parts.netloc.rpartition("@")
+    options = [(name, value) for name, value in parse_qsl(parts.query) if name not in {"host", "port"}]
+    return urlunsplit(parts._replace(netloc=f"{login}{at}{proxy.address}", query=urlencode(options)))

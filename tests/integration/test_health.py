@@ -7,10 +7,8 @@ import json
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import aiohttp
 import pytest
@@ -18,7 +16,7 @@ import pytest
 from pipeline.embedded import run_services
 from pipeline.status import PartitionStatus, read_status
 from pipeline.topics import create_topics
-from tests.fix_proxy import TcpProxy, run_proxy
+from tests.fix_proxy import TcpProxy, through
 from tests.fix_road import DEADLINE_SECONDS, NodeProcess, Road, ending, environment, make_events
 from tests.fix_services import MakeSettings, SharedServices
 
@@ -84,24 +82,6 @@ async def status(road: Road, *options: str) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
-@pytest.fixture
-async def proxy(database: str) -> AsyncIterator[TcpProxy]:
-    """The network between a projector and this test's database."""
-    parts = urlsplit(database)
-    options = dict(parse_qsl(parts.query))
-    host, port = parts.hostname or options.get("host", "localhost"), parts.port or int(options.get("port", "5432"))
-    async with run_proxy(f"{host}/.s.PGSQL.{port}" if host.startswith("/") else (host, port)) as proxy:
-        yield proxy
-
-
-def through(dsn: str, proxy: TcpProxy) -> str:
-    """Return `dsn` with the proxy as its server."""
-    parts = urlsplit(dsn)
-    login, at, _ = parts.netloc.rpartition("@")
-    options = [(name, value) for name, value in parse_qsl(parts.query) if name not in {"host", "port"}]
-    return urlunsplit(parts._replace(netloc=f"{login}{at}{proxy.address}", query=urlencode(options)))
-
-
 async def test_a_node_tells_when_it_is_ready(road: Road) -> None:
     """All roles of a process answer on one address, each partition by its number; `node_ready` is logged once."""
     node = road.start(*ROLES)
@@ -126,7 +106,9 @@ async def test_status_shows_the_nodes(road: Road, services: SharedServices) -> N
     """Each process once, with its partitions; one that was killed is not reachable, which is no failure."""
     if services.kind == "embedded":
         pytest.skip("the embedded broker does not tell who is in a group")
-    nodes = [road.start("hasher", "projector"), road.start("reducer")]
+    # One that is killed is in its group for as long as its session.
+    session = {"KAFKA_SESSION_TIMEOUT_MS": "300000"}
+    nodes = [road.start("hasher", "projector", **session), road.start("reducer", **session)]
     webs = await until_ready(road, *nodes)
     code, output = await status(road, "--json")
     _, table = await status(road)

@@ -6,7 +6,6 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from typing import Any
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import asyncpg
 import pytest
@@ -15,7 +14,7 @@ from structlog.testing import capture_logs
 from pipeline.breaker import State
 from pipeline.errors import ServiceUnavailable
 from pipeline.postgres import PostgresConnectionManager
-from tests.fix_proxy import TcpProxy, run_proxy
+from tests.fix_proxy import TcpProxy, through
 from tests.fix_services import MakeSettings
 
 pytestmark = pytest.mark.integration
@@ -44,13 +43,6 @@ class Clock:
 
 
 @pytest.fixture
-async def proxy(database: str) -> AsyncIterator[TcpProxy]:
-    """The network in front of this test's database."""
-    async with run_proxy(_upstream(database)) as proxy:
-        yield proxy
-
-
-@pytest.fixture
 def clock() -> Clock:
     """The clock of the breaker."""
     return Clock()
@@ -62,7 +54,7 @@ async def manager(
 ) -> AsyncIterator[PostgresConnectionManager]:
     """Open connections through the proxy, with small bounds."""
     settings = make_settings(
-        postgres_dsn=_through(database, proxy),
+        postgres_dsn=through(database, proxy),
         database_pool_min_size=1,
         database_pool_max_size=POOL_MAX,
         database_command_timeout_seconds=COMMAND_SECONDS,
@@ -81,23 +73,6 @@ async def witness(database: str) -> AsyncIterator[asyncpg.Connection[asyncpg.Rec
     await connection.execute("CREATE TABLE written (value text)")
     yield connection
     await connection.close()
-
-
-def _upstream(dsn: str) -> str | tuple[str, int]:
-    """Return where the server of `dsn` listens: the path of its socket, or host and port."""
-    parts = urlsplit(dsn)
-    options = dict(parse_qsl(parts.query))
-    host = parts.hostname or options.get("host", "localhost")
-    port = parts.port or int(options.get("port", "5432"))
-    return f"{host}/.s.PGSQL.{port}" if host.startswith("/") else (host, port)
-
-
-def _through(dsn: str, proxy: TcpProxy) -> str:
-    """Return `dsn` with the proxy as its server."""
-    parts = urlsplit(dsn)
-    login, at, _ = parts.netloc.rpartition("@")
-    options = [(name, value) for name, value in parse_qsl(parts.query) if name not in ("host", "port")]
-    return urlunsplit(parts._replace(netloc=f"{login}{at}{proxy.address}", query=urlencode(options)))
 
 
 async def _ask(manager: PostgresConnectionManager) -> None:
@@ -337,7 +312,7 @@ async def test_a_copy_cut_while_it_waits_for_room(
     make_settings: MakeSettings, database: str, proxy: TcpProxy, witness: asyncpg.Connection[asyncpg.Record]
 ) -> None:
     """A COPY that cannot go on ends with its connection, not with its time."""
-    settings = make_settings(postgres_dsn=_through(database, proxy), database_command_timeout_seconds=600)
+    settings = make_settings(postgres_dsn=through(database, proxy), database_command_timeout_seconds=600)
     async with PostgresConnectionManager(settings) as manager:
         rows = _CountedRows()
 
@@ -361,7 +336,7 @@ async def test_a_cancelled_call_in_a_black_hole(
     make_settings: MakeSettings, database: str, proxy: TcpProxy, witness: asyncpg.Connection[asyncpg.Record]
 ) -> None:
     """Who is cancelled does not wait as long as a statement may take until the dead server takes the ROLLBACK."""
-    settings = make_settings(postgres_dsn=_through(database, proxy), database_command_timeout_seconds=600)
+    settings = make_settings(postgres_dsn=through(database, proxy), database_command_timeout_seconds=600)
     async with PostgresConnectionManager(settings) as manager:
 
         async def wait() -> None:
@@ -383,7 +358,7 @@ async def test_closing_in_a_black_hole(
 ) -> None:
     """A dead server does not keep the process from ending."""
     monkeypatch.setattr("pipeline.postgres.CLOSE_TIMEOUT_SECONDS", 0.1)
-    settings = make_settings(postgres_dsn=_through(database, proxy), database_command_timeout_seconds=600)
+    settings = make_settings(postgres_dsn=through(database, proxy), database_command_timeout_seconds=600)
     manager = PostgresConnectionManager(settings)
     await manager.open()
     await _ask(manager)
@@ -409,4 +384,4 @@ async def test_connecting_to_a_black_hole(
     monkeypatch.setattr("pipeline.postgres.CONNECT_TIMEOUT_SECONDS", 0.1)
     proxy.swallow()
     with pytest.raises(ServiceUnavailable, match=re.compile(UNANSWERED)):
-        await _ended(PostgresConnectionManager(make_settings(postgres_dsn=_through(database, proxy))).open())
+        await _ended(PostgresConnectionManager(make_settings(postgres_dsn=through(database, proxy))).open())

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
 import pytest
@@ -22,7 +22,7 @@ from pipeline.errors import InvalidToken, ServiceUnavailable
 from pipeline.events import FileEvent
 from pipeline.settings import Settings
 from pipeline.waiting import Answer, Waiter
-from tests.fix_proxy import TcpProxy, run_proxy
+from tests.fix_proxy import TcpProxy, through
 from tests.fix_road import DEADLINE_SECONDS, Road, environment, make_events
 from tests.fix_services import MakeSettings
 
@@ -293,24 +293,6 @@ async def test_many_wait_at_once(road: Road, reader: str) -> None:
     assert {answer.verdict for answer in answers} == {"reached"}
     assert set(told) == {"reached"}
     await road.assert_exact(make_events(200, 50, seed=61), positions)
-
-
-@pytest.fixture
-async def proxy(database: str) -> AsyncIterator[TcpProxy]:
-    """The network between who waits and this test's database."""
-    parts = urlsplit(database)
-    options = dict(parse_qsl(parts.query))
-    host, port = parts.hostname or options.get("host", "localhost"), parts.port or int(options.get("port", "5432"))
-    async with run_proxy(f"{host}/.s.PGSQL.{port}" if host.startswith("/") else (host, port)) as proxy:
-        yield proxy
-
-
-def through(dsn: str, proxy: TcpProxy) -> str:
-    """Return `dsn` with the proxy as its server."""
-    parts = urlsplit(dsn)
-    login, at, _ = parts.netloc.rpartition("@")
-    options = [(name, value) for name, value in parse_qsl(parts.query) if name not in {"host", "port"}]
-    return urlunsplit(parts._replace(netloc=f"{login}{at}{proxy.address}", query=urlencode(options)))
 
 
 async def test_a_database_that_is_away_is_asked_again(road: Road, make_settings: MakeSettings, proxy: TcpProxy) -> None:
