@@ -6,18 +6,17 @@ to the shape of the live table, and dropped; nobody else is at the same projecti
 
 from __future__ import annotations
 
-import re
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
-from importlib.resources import files as resources
 from typing import Any, Final, NamedTuple
 
 from pipeline.errors import StamplineError
 from pipeline.postgres import Connection, PostgresConnectionManager
 from projections import contents, file_history
+from projections.queries import read_script
 from projections.storage import LIVE, OLD, SHADOW
 from projections.watermarks import PROJECTIONS
 
@@ -26,8 +25,6 @@ REBUILDABLE: Final = PROJECTIONS
 
 #: What goes over a whole table takes as long as it takes, in s.
 WHOLE_TABLE_SECONDS: Final = 24 * 3600.0
-
-_STATEMENT: Final = re.compile(r"^-- name: (\w+)\n(.*?)(?=^-- name: |\Z)", re.MULTILINE | re.DOTALL)
 
 
 class Mark(NamedTuple):
@@ -65,15 +62,7 @@ def statement(name: str, schema: str = SHADOW) -> str:
     Raises:
         KeyError: there is none, which is a bug of ours.
     """
-    return _statements()[name].replace(f"{SHADOW}.", f"{schema}.")
-
-
-@cache
-def _statements() -> dict[str, str]:
-    script = resources("projections").joinpath("rebuild_queries.sql").read_text(encoding="utf-8")
-    found = _STATEMENT.findall(script)
-    assert len({name for name, _ in found}) == len(found)
-    return {name: re.sub(r"^--.*\n", "", body, flags=re.MULTILINE).strip() for name, body in found}
+    return read_script("rebuild_queries.sql")[name].replace(f"{SHADOW}.", f"{schema}.")
 
 
 @asynccontextmanager

@@ -22,12 +22,13 @@ def query(name: str, schema: str = "stampline") -> str:
     Raises:
         KeyError: there is none, which is a bug of ours.
     """
-    return _WRITTEN_FOR.sub(f"{schema}.", _queries()[name])
+    return _WRITTEN_FOR.sub(f"{schema}.", read_script("queries.sql")[name])
 
 
 @cache
-def _queries() -> dict[str, str]:
-    script = files("projections").joinpath("queries.sql").read_text(encoding="utf-8")
+def read_script(name: str) -> dict[str, str]:
+    """Return the statements of a script in this package by their names, without comments."""
+    script = files("projections").joinpath(name).read_text(encoding="utf-8")
     _, *parts = _NAME.split(script)
     names, bodies = parts[::2], parts[1::2]
     assert len(set(names)) == len(names)
